@@ -1,0 +1,115 @@
+"""The step plan: what changed since the last step, and nothing of what did not.
+
+Decoding requests that stay need no entry: each advances by one token. Within a step the executor
+keeps this order: copies out, copies in, then the forward pass. Steps run in the order planned, so
+a block freed by one plan may be given away by the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Joined:
+    """A request that takes a slot: new, or resumed after a preemption.
+
+    token_ids: every known token (prompt, then output committed so far); None where the executor
+    needs no values. The first `num_computed` of them have their KV in `blocks` already (after
+    this step's copies in); the rest arrives as chunks.
+    """
+
+    slot: int
+    request: Request
+    token_ids: Sequence[int] | None
+    num_computed: int
+    blocks: list[int]
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """Known tokens [start, start + count) of the request in `slot` to compute in this step.
+
+    With `samples` the chunk reaches the last known token: its logits give the next token, and
+    the slot decodes from the next step on.
+    """
+
+    slot: int
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(slots=True, eq=False)
+class Grown:
+    """`block` becomes entry `index` of the block table of `slot`."""
+
+    slot: int
+    index: int
+    block: int
+
+
+@dataclass(slots=True, eq=False)
+class BlockCopy:
+    """One block copied between the device pool and the host pool; the direction is the list's."""
+
+    device: int
+    host: int
+
+
+@dataclass(slots=True, eq=False)
+class DecodeBatch:
+    """The requests that decode one token each. The same object for as long as nothing changes,
+    so an executor may keep what it derived from it."""
+
+    requests: tuple[Request, ...] = ()
+    slots: tuple[int, ...] = ()
+
+
+NO_DECODES = DecodeBatch()
+
+
+@dataclass(slots=True, eq=False)
+class StepPlan:
+    """One step. Sampled rows are ordered: `decode` in its order, then the chunks with `samples`.
+
+    left: slots given back since the last plan (a slot may appear here and in `joined`).
+    decode_context: sum over decoding requests of the KV length each attends to (its own token
+    included); prefill_tokens: sum of the chunk counts. Both feed the latency model.
+    """
+
+    step: int
+    decode: DecodeBatch = NO_DECODES
+    chunks: list[Chunk] = field(default_factory=list)
+    chunk_requests: list[Request] = field(default_factory=list)
+    joined: list[Joined] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
+    grown: list[Grown] = field(default_factory=list)
+    copies_out: list[BlockCopy] = field(default_factory=list)
+    copies_in: list[BlockCopy] = field(default_factory=list)
+    final: list[Request] = field(default_factory=list)
+    decode_context: int = 0
+    prefill_tokens: int = 0
+    prefill_context: int = 0
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to compute and nothing to copy: the executor need not see this plan."""
+        return not (self.decode.slots or self.chunks or self.copies_out or self.copies_in)
+
+
+@dataclass(slots=True, eq=False)
+class StepResult:
+    """What an executor returns for one plan.
+
+    tokens: one id per sampled row in the plan's order, or None from an executor that models only
+    time. device_s: seconds the step took on the device.
+    """
+
+    tokens: list[int] | None
+    device_s: float = 0.0
+    graph: bool = False
