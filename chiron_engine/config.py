@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 1 << 30
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,9 @@ class EngineConfig:
     max_model_len: None takes the model's own context length.
     threads: compute threads on the CPU; None takes all cores.
     max_queued_requests, max_queued_tokens: bounds of the waiting queue.
+    step_log: a file that gets one JSON line per step; None writes none.
+
+    Raises ValueError for a value outside its range.
     """
 
     model: str
@@ -38,11 +43,37 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     step_log: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model is empty; it must be a directory, a model id or smollm2")
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, DEVICES)
+        _within("block_size", self.block_size, 1, 4096)
+        _at_least("kv_cache_memory", self.kv_cache_memory, 1)
+        _at_least("swap_space", self.swap_space, 0)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be over 0 and at most 1"
+            )
+        _within("seed", self.seed, 0, 2**64 - 1)
+        for name in POSITIVE:
+            _at_least(name, getattr(self, name), 1)
+
+
+POSITIVE = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "threads",
+    "max_queued_requests",
+    "max_queued_tokens",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
     """The client face. port 0 lets the system choose. max_queued_requests bounds requests that
-    wait for a first token over all engines."""
+    wait for a first token over all engines. Raises ValueError for a value outside its range."""
 
     host: str = "127.0.0.1"
     grpc_port: int = 50051
@@ -50,3 +81,25 @@ class GatewayConfig:
     max_message_bytes: int = 16 << 20
     reflection: bool = False
     drain_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        _within("grpc_port", self.grpc_port, 0, 65535)
+        _at_least("max_queued_requests", self.max_queued_requests, 1)
+        _within("max_message_bytes", self.max_message_bytes, 1024, 2**31 - 1)
+        if not 0.0 <= self.drain_timeout_s < float("inf"):
+            raise ValueError(f"drain_timeout_s is {self.drain_timeout_s}; it must be 0 or more")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+
+
+def _within(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be between {low} and {high}")
+
+
+def _at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise ValueError(f"{name} is {value}; it must be at least {low}")
