@@ -76,9 +76,12 @@ NO_DECODES = DecodeBatch()
 class StepPlan:
     """One step. Sampled rows are ordered: `decode` in its order, then the chunks with `samples`.
 
-    left: slots given back since the last plan (a slot may appear here and in `joined`).
+    left: slots given back since the last plan; applied first (a slot may appear here and in `joined`).
+    chunk_requests: the request of each chunk, in order. final: requests whose last token, by
+    length, this step samples. preempted: requests this plan took off the device.
     decode_context: sum over decoding requests of the KV length each attends to (its own token
-    included); prefill_tokens: sum of the chunk counts. Both feed the latency model.
+    included). prefill_tokens: sum of the chunk counts. prefill_context: sum over chunks of
+    count x KV length at the chunk's end. All three feed the latency model.
     """
 
     step: int
@@ -100,6 +103,17 @@ class StepPlan:
     def is_empty(self) -> bool:
         """Nothing to compute and nothing to copy: the executor need not see this plan."""
         return not (self.decode.slots or self.chunks or self.copies_out or self.copies_in)
+
+
+@dataclass(slots=True, eq=False)
+class StepOutput:
+    """What a committed step brought: tokens[i] is the new token of requests[i] (None where the
+    executor models no values); the requests that finished carry their `finish_reason`."""
+
+    step: int
+    requests: Sequence[Request] = ()
+    tokens: list[int] | None = None
+    finished: list[Request] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)

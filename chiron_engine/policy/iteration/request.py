@@ -109,3 +109,25 @@ class Request:
     finish_reason: FinishReason | None = None
     first_scheduled: float | None = None
     first_token: float | None = None
+
+    blocks: list[int] = field(default_factory=list)
+    host_blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    num_computed: int = 0
+    """While its prompt is computed in chunks: tokens whose KV is planned."""
+    num_planned_outputs: int = 0
+    """Output tokens planned before it began to decode (each later step adds one)."""
+    decode_since: int = -1
+    """Step at which it began to decode; -1 while it does not."""
+    promised_blocks: int = 0
+    """Blocks it is expected to reach, as counted by admission."""
+
+    def outputs_at(self, step: int) -> int:
+        """Output tokens that the steps planned before `step` produce."""
+        if self.decode_since < 0:
+            return self.num_planned_outputs
+        return self.num_planned_outputs + step - self.decode_since
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens known to the steps planned from `step` on: prompt and outputs."""
+        return len(self.prompt_ids) + self.outputs_at(step)

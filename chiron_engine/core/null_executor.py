@@ -1,0 +1,45 @@
+"""An executor that computes nothing: tokens are a function of the request alone, time stands still."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chiron_engine.core.executor import ExecutorShape
+from chiron_engine.policy.iteration.plan import StepPlan, StepResult
+from chiron_engine.policy.iteration.request import Request
+
+
+@dataclass(slots=True)
+class PlannedStep:
+    """The handle of an executor whose steps need no device."""
+
+    plan: StepPlan
+
+
+def scripted_token(request: Request, index: int, vocab_size: int) -> int:
+    """Output token `index` of a request: depends on its seed and prompt, on nothing else."""
+    return (request.seed * 31 + request.prompt_ids[0] * 7 + index * 13 + 1) % vocab_size
+
+
+class NullExecutor:
+    """Yields `scripted_token`s at once. For tests and for timing everything but the model."""
+
+    def __init__(self, shape: ExecutorShape) -> None:
+        self.shape = shape
+
+    def submit(self, plan: StepPlan) -> PlannedStep:
+        return PlannedStep(plan)
+
+    def collect(self, handle: PlannedStep) -> StepResult:
+        plan = handle.plan
+        vocab = self.shape.vocab_size
+        tokens = [scripted_token(r, len(r.output_ids), vocab) for r in plan.decode.requests]
+        tokens += [
+            scripted_token(r, len(r.output_ids), vocab)
+            for c, r in zip(plan.chunks, plan.chunk_requests, strict=True)
+            if c.samples
+        ]
+        return StepResult(tokens)
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,85 @@
+"""From what a caller asks to a request the engine can take, or a clear refusal."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+
+from chiron_engine.core.executor import ExecutorShape
+from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo
+
+
+class InvalidRequest(ValueError):
+    """The request can never be served as asked."""
+
+
+class QueueFull(RuntimeError):
+    """The waiting queue is at its bound; `retry_after_s` says when to try again."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+def build_request(
+    request_id: int,
+    prompt_ids: Iterable[int],
+    sampling: SamplingParams,
+    *,
+    shape: ExecutorShape,
+    eos_token_ids: Iterable[int],
+    draw_seed: Callable[[], int],
+    slo: Slo | None = None,
+    arrival: float,
+    cache_salt: bytes = b"",
+    client: object = None,
+) -> Request:
+    """A checked request. Without max_tokens the output may fill what the context leaves.
+
+    Raises InvalidRequest for an empty prompt, ids outside the vocabulary, or a prompt (with the
+    max_tokens asked for) over the context length.
+    """
+    prompt = _token_array("prompt token id", prompt_ids, shape.vocab_size)
+    if not prompt:
+        raise InvalidRequest("the prompt is empty; it must hold at least one token")
+    stops = set(_token_array("stop token id", sampling.stop_token_ids, shape.vocab_size))
+    if not sampling.ignore_eos:
+        stops.update(eos_token_ids)
+    return Request(
+        request_id=request_id,
+        prompt_ids=prompt,
+        sampling=sampling,
+        max_tokens=_max_tokens(len(prompt), sampling.max_tokens, shape),
+        stop_ids=frozenset(stops),
+        slo=slo if slo is not None else Slo(),
+        seed=sampling.seed if sampling.seed is not None else draw_seed(),
+        arrival=arrival,
+        cache_salt=cache_salt,
+        client=client,
+    )
+
+
+def _token_array(what: str, ids: Iterable[int], vocab_size: int) -> Sequence[int]:
+    try:
+        tokens = array("I", ids)
+    except (OverflowError, TypeError) as error:
+        raise InvalidRequest(f"a {what} is no whole number in [0, {vocab_size})") from error
+    if tokens and max(tokens) >= vocab_size:
+        raise InvalidRequest(f"{what} {max(tokens)} is outside the vocabulary [0, {vocab_size})")
+    return tokens
+
+
+def _max_tokens(prompt: int, asked: int | None, shape: ExecutorShape) -> int:
+    context = min(shape.max_model_len, shape.num_device_blocks * shape.block_size)
+    if prompt >= context:
+        raise InvalidRequest(
+            f"the prompt has {prompt} tokens; the context of {context} must leave room for one more"
+        )
+    if asked is None:
+        return context - prompt
+    if prompt + asked > context:
+        raise InvalidRequest(
+            f"the prompt has {prompt} tokens and max_tokens is {asked}; together they exceed the "
+            f"context of {context}"
+        )
+    return asked

@@ -1,0 +1,151 @@
+"""Blocks of KV cache: who holds them, which content they keep, and which is given away next.
+
+The same class serves the device tier and the host tier, keyed by the same hash chain.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+KEY_BYTES = 16
+
+
+class OutOfBlocks(RuntimeError):
+    """More blocks were asked for than are free."""
+
+
+class BlockPool:
+    """Reference-counted blocks of one tier.
+
+    Invariant: every block is in exactly one of three places. *Held*: its count is above zero
+    (a block table refers to it, or a saved request pins it). *Cached*: its count is zero but it
+    is sealed, so its key still finds it until it is given away, least recently released first.
+    *Blank*: its count is zero and nothing can find it.
+
+    A key names the block's tokens and everything before them, so equal keys mean equal KV. When
+    two blocks come to hold the same content only the first is findable; tables stay append-only.
+    """
+
+    __slots__ = ("_blank", "_cached", "_count", "_found", "_key", "num_blocks")
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks is {num_blocks}; it must not be negative")
+        self.num_blocks = num_blocks
+        self._count = [0] * num_blocks
+        self._key: list[bytes | None] = [None] * num_blocks
+        self._found: dict[bytes, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, each held once. Raises OutOfBlocks and takes none if too few are free."""
+        if count > self.num_free:
+            raise OutOfBlocks(f"{count} blocks asked for, {self.num_free} of {self.num_blocks} free")
+        return [self.take() for _ in range(count)]
+
+    def take(self) -> int:
+        """Take one block: a blank one, else the cached block released longest ago."""
+        if self._blank:
+            block = self._blank.pop()
+        elif self._cached:
+            block, _ = self._cached.popitem(last=False)
+            self._unseal(block)
+        else:
+            raise OutOfBlocks(f"none of {self.num_blocks} blocks is free")
+        self._count[block] = 1
+        return block
+
+    def find(self, keys: Sequence[bytes], start: int = 0, stop: int | None = None) -> list[int]:
+        """Blocks of the longest run of findable keys from `start`; changes nothing."""
+        blocks: list[int] = []
+        for index in range(start, len(keys) if stop is None else stop):
+            block = self._found.get(keys[index])
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def is_held(self, block: int) -> bool:
+        return self._count[block] > 0
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Hold found blocks once more; a cached one is safe from being given away from here on."""
+        for block in blocks:
+            if self._count[block] == 0:
+                del self._cached[block]
+            self._count[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up one hold on each block. The last block of a table is given away first: a prefix
+        without its tail is still useful, a tail without its prefix is not."""
+        for block in reversed(blocks):
+            count = self._count[block] - 1
+            if count < 0:
+                raise ValueError(f"block {block} is released more often than it is held")
+            self._count[block] = count
+            if count > 0:
+                continue
+            if self._key[block] is None:
+                self._blank.append(block)
+            else:
+                self._cached[block] = None
+
+    def seal(self, block: int, key: bytes) -> None:
+        """The held block is full with the content `key` names; make it findable unless another is."""
+        if self._key[block] is None and key not in self._found:
+            self._key[block] = key
+            self._found[key] = block
+
+    def _unseal(self, block: int) -> None:
+        key = self._key[block]
+        if key is not None:
+            del self._found[key]
+            self._key[block] = None
+
+    def check(self, holds: Iterable[Sequence[int]]) -> None:
+        """Verify the invariant against `holds`, every table and pin list. For tests: O(blocks)."""
+        expected = [0] * self.num_blocks
+        for table in holds:
+            for block in table:
+                expected[block] += 1
+        if expected != self._count:
+            wrong = [b for b in range(self.num_blocks) if expected[b] != self._count[b]]
+            raise AssertionError(f"counts differ from the tables at blocks {wrong[:8]}")
+        held = {b for b, count in enumerate(self._count) if count}
+        places = [held, set(self._blank), set(self._cached)]
+        if sum(map(len, places)) != self.num_blocks or set().union(*places) != set(range(self.num_blocks)):
+            raise AssertionError("held, blank and cached blocks do not partition the pool")
+        if len(self._blank) != len(set(self._blank)):
+            raise AssertionError("a block is blank twice")
+        sealed = {b: key for b, key in enumerate(self._key) if key is not None}
+        if {key: b for b, key in sealed.items()} != self._found or set(self._cached) - set(sealed):
+            raise AssertionError("the key index differs from the sealed blocks")
+        if set(self._blank) & set(sealed):
+            raise AssertionError("a blank block is sealed")
+
+
+def chain_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Key of a full block: a 128-bit hash of its tokens and of the key before it."""
+    return blake2b(array("I", tokens).tobytes(), digest_size=KEY_BYTES, key=parent).digest()
+
+
+def private_key(parent: bytes, request_id: int, index: int) -> bytes:
+    """Key of a block whose tokens are unknown or must not be shared: only its request finds it."""
+    return blake2b(b"%d:%d" % (request_id, index), digest_size=KEY_BYTES, key=parent).digest()
+
+
+def root_key(salt: bytes) -> bytes:
+    """Parent of the first block. Requests with different salts never share blocks."""
+    return blake2b(salt, digest_size=KEY_BYTES, person=b"chiron root").digest()

@@ -1,0 +1,168 @@
+"""Block tables over two tiers: what is found, taken, filled, saved and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .blocks import BlockPool, chain_key, private_key, root_key
+from .plan import BlockCopy
+from .request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class SwapCosts:
+    """Seconds to save and to bring back one block, and to recompute one token instead."""
+
+    copy_out_s: float = 1e-4
+    copy_in_s: float = 1e-4
+    recompute_s: float = 1e-3
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where the KV of a request could come from: blocks found on the device, then on the host,
+    then blocks to compute. `free_needed` counts the blocks no longer free once it is placed."""
+
+    device: list[int]
+    host: list[int]
+    fresh: int
+    free_needed: int
+
+
+class KvTiers:
+    """The device pool and the host pool, and the block tables of running requests.
+
+    A request that runs holds `request.blocks` on the device. A request that was preempted holds
+    `request.host_blocks`, its saved prefix, until it runs again. A lost host block costs time,
+    never correctness: what is found nowhere is recomputed.
+    """
+
+    __slots__ = ("_arriving", "_prefix_caching", "block_size", "costs", "device", "host")
+
+    def __init__(
+        self,
+        block_size: int,
+        num_device_blocks: int,
+        num_host_blocks: int,
+        costs: SwapCosts,
+        prefix_caching: bool,
+    ) -> None:
+        self.block_size = block_size
+        self.device = BlockPool(num_device_blocks)
+        self.host = BlockPool(num_host_blocks)
+        self.costs = costs
+        self._prefix_caching = prefix_caching
+        self._arriving: list[int] = []
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def place(self, request: Request, known: int) -> Placement:
+        """Look up a request with `known` tokens; at least one is left to compute, for its logits."""
+        usable = (known - 1) // self.block_size
+        self.extend_keys(request, usable * self.block_size)
+        device = self.device.find(request.block_keys, 0, usable)
+        host = self.host.find(request.block_keys, len(device), usable)
+        total = self.blocks_for(known)
+        revived = sum(1 for block in device if not self.device.is_held(block))
+        return Placement(device, host, total - len(device) - len(host), total - len(device) + revived)
+
+    def enter(self, request: Request, placement: Placement) -> list[BlockCopy]:
+        """Take the blocks of `placement` as the request's table; returns the copies in it needs."""
+        self.device.acquire(placement.device)
+        self.host.acquire(placement.host)
+        taken = self.device.allocate(len(placement.host) + placement.fresh)
+        request.blocks = placement.device + taken
+        copies = [BlockCopy(d, h) for d, h in zip(taken, placement.host, strict=False)]
+        # The sources stay pinned until the plan is complete: a later eviction in the same plan
+        # copies out before these copies in are made.
+        self._arriving += placement.host
+        self.host.release(request.host_blocks)
+        request.host_blocks = []
+        computed = (len(placement.device) + len(placement.host)) * self.block_size
+        self.seal(request, len(placement.device) * self.block_size, computed)
+        return copies
+
+    def settle(self) -> None:
+        """The plan is complete: later plans run after its copies, so its sources need no pin."""
+        if self._arriving:
+            self.host.release(self._arriving)
+            self._arriving = []
+
+    def grow(self, request: Request, position: int) -> int:
+        """Give a table the block that `position`, the first of that block, needs, and seal the one
+        before it. Raises OutOfBlocks."""
+        block = self.device.take()
+        request.blocks.append(block)
+        self.extend_keys(request, position)
+        index = position // self.block_size - 1
+        self.device.seal(request.blocks[index], request.block_keys[index])
+        return block
+
+    def seal(self, request: Request, start: int, end: int) -> None:
+        """Tokens [start, end) are computed as of this step: make the blocks they fill findable."""
+        self.extend_keys(request, end)
+        for index in range(start // self.block_size, end // self.block_size):
+            self.device.seal(request.blocks[index], request.block_keys[index])
+
+    def evict(self, request: Request, computed: int) -> list[BlockCopy]:
+        """Give up the device blocks of a request with `computed` tokens of KV, having saved the full
+        ones on the host where that is cheaper than recomputing; returns the copies out."""
+        full = computed // self.block_size
+        self.extend_keys(request, full * self.block_size)
+        self.seal(request, 0, full * self.block_size)
+        copies = self._save(request, full)
+        self.device.release(request.blocks)
+        request.blocks = []
+        return copies
+
+    def leave(self, request: Request) -> None:
+        """Give up everything the request holds on either tier. Sealed content stays findable."""
+        self.device.release(request.blocks)
+        self.host.release(request.host_blocks)
+        request.blocks = []
+        request.host_blocks = []
+
+    def _save(self, request: Request, full: int) -> list[BlockCopy]:
+        saved = self.host.find(request.block_keys, 0, full)
+        self.host.acquire(saved)
+        missing = min(full - len(saved), self.host.num_free)
+        if missing and not self._is_worth_saving(missing, len(saved) + missing):
+            self.host.release(saved)
+            return []
+        taken = self.host.allocate(missing)
+        copies = []
+        for index, block in enumerate(taken, len(saved)):
+            self.host.seal(block, request.block_keys[index])
+            copies.append(BlockCopy(request.blocks[index], block))
+        request.host_blocks = saved + taken
+        return copies
+
+    def _is_worth_saving(self, out: int, back: int) -> bool:
+        costs = self.costs
+        return out * costs.copy_out_s + back * costs.copy_in_s < back * self.block_size * costs.recompute_s
+
+    def extend_keys(self, request: Request, tokens: int) -> None:
+        """Extend the hash chain over the full blocks of the first `tokens` tokens."""
+        keys = request.block_keys
+        for index in range(len(keys), tokens // self.block_size):
+            parent = keys[-1] if keys else root_key(request.cache_salt)
+            values = self._values(request, index) if self._prefix_caching else None
+            if values is None:
+                keys.append(private_key(parent, request.request_id, index))
+            else:
+                keys.append(chain_key(parent, values))
+
+    def _values(self, request: Request, index: int) -> Sequence[int] | None:
+        """Token values of block `index`, or None where the executor models no values."""
+        start, end = index * self.block_size, (index + 1) * self.block_size
+        prompt, output = request.prompt_ids, request.output_ids
+        length = len(prompt)
+        if end <= length:
+            return prompt[start:end]
+        if end - length > len(output):
+            return None
+        if start >= length:
+            return output[start - length : end - length]
+        return [*prompt[start:], *output[: end - length]]

@@ -1,0 +1,53 @@
+"""How long outputs get, learned from those that finished, and the peak KV that follows from it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Iterable
+
+WINDOW = 512
+MIN_SAMPLES = 16
+PRIOR_TOKENS = 256
+
+
+class OutputLengths:
+    """Lengths of the last finished outputs, sorted."""
+
+    __slots__ = ("_recent", "_sorted")
+
+    def __init__(self) -> None:
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+
+    def observe(self, length: int) -> None:
+        self._recent.append(length)
+        insort(self._sorted, length)
+        if len(self._recent) > WINDOW:
+            self._sorted.pop(bisect_right(self._sorted, self._recent.popleft()) - 1)
+
+    def remaining(self, produced: int, most: int) -> int:
+        """Tokens still to come for an output of `produced` tokens that may have `most` more.
+
+        The third quartile of what longer outputs had left; without enough of those, as much again
+        as was produced, and at least a prior.
+        """
+        first = bisect_right(self._sorted, produced)
+        longer = len(self._sorted) - first
+        if longer < MIN_SAMPLES:
+            return min(most, max(PRIOR_TOKENS, produced))
+        return min(most, self._sorted[first + 3 * longer // 4] - produced)
+
+
+def peak_tokens(running: Iterable[tuple[int, int]], block_size: int) -> int:
+    """Largest KV, in tokens, that requests of (tokens now, tokens to come) reach together.
+
+    Requests leave in the order of what they have left. When the one with remaining r_i is about
+    to leave, it and the i longer ones have each grown by r_i: sum of their tokens now + (i + 1) r_i.
+    Every request may waste part of its last block.
+    """
+    peak = total = 0
+    for count, (remaining, now) in enumerate(sorted(((r, n) for n, r in running), reverse=True), 1):
+        total += now + block_size - 1
+        peak = max(peak, total + count * remaining)
+    return peak
