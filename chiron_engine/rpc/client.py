@@ -1,0 +1,136 @@
+"""Typed clients of our services, on asyncio: for the command line, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from .options import MAX_MESSAGE_BYTES, channel_options
+from .v1 import engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc, types_pb2
+
+INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+ENGINE_SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
+HEALTH_POLL_S = 0.05
+
+
+def open_channel(address: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """A plaintext channel to `host:port`. Opened lazily: calls fail, not this."""
+    return grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+
+
+class _Client:
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = open_channel(address)
+        self._health = health_pb2_grpc.HealthStub(self.channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self.channel.close()
+
+    async def is_serving(self, service: str = "", timeout: float = 2.0) -> bool:
+        """What the health service says; False also where nobody answers."""
+        try:
+            request = health_pb2.HealthCheckRequest(service=service)
+            answer = await self._health.Check(request, timeout=timeout)
+        except grpc.aio.AioRpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def wait_serving(self, timeout: float, service: str = "") -> None:
+        """Return once the server says SERVING. Raises TimeoutError."""
+        async with asyncio.timeout(timeout):
+            while not await self.is_serving(service):
+                await asyncio.sleep(HEALTH_POLL_S)
+
+
+class InferenceClient(_Client):
+    """The client face of a gateway. Calls raise grpc.aio.AioRpcError."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.stub = inference_pb2_grpc.InferenceStub(self.channel)
+
+    def generate(
+        self, request: inference_pb2.GenerateRequest, timeout: float | None = None
+    ) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        """Stream the chunks of one request; the call object also has `cancel()`."""
+        return self.stub.Generate(request, timeout=timeout)
+
+    async def generate_all(
+        self, request: inference_pb2.GenerateRequest, timeout: float | None = None
+    ) -> list[inference_pb2.GenerateChunk]:
+        return [chunk async for chunk in self.generate(request, timeout)]
+
+    async def abort(self, request_id: str) -> None:
+        await self.stub.Abort(inference_pb2.AbortRequest(request_id=request_id))
+
+    async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        request = inference_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+        return list((await self.stub.Tokenize(request)).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        request = inference_pb2.DetokenizeRequest(
+            token_ids=token_ids, skip_special_tokens=skip_special_tokens
+        )
+        return str((await self.stub.Detokenize(request)).text)
+
+    async def model_info(self, timeout: float | None = None) -> inference_pb2.ModelInfo:
+        return await self.stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=timeout)
+
+
+class EngineClient(_Client):
+    """The face an engine shows to gateways and operators."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.stub = engine_pb2_grpc.EngineStub(self.channel)
+
+    async def status(self, timeout: float | None = 5.0) -> engine_pb2.EngineStatus:
+        return await self.stub.GetStatus(engine_pb2.GetStatusRequest(), timeout=timeout)
+
+    def connect(self) -> grpc.aio.StreamStreamCall:
+        """The bidirectional stream: write EngineCommand, read EngineEvent (the first is a Hello)."""
+        return self.stub.Connect()
+
+
+def chat(messages: Sequence[tuple[str, str]]) -> inference_pb2.ChatMessages:
+    """Chat messages from (role, content) pairs."""
+    return inference_pb2.ChatMessages(
+        messages=[inference_pb2.ChatMessage(role=role, content=content) for role, content in messages]
+    )
+
+
+def sampling(
+    *,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    max_tokens: int | None = None,
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+) -> types_pb2.SamplingParams:
+    """A wire SamplingParams in which None leaves a field to its default."""
+    return types_pb2.SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=ignore_eos,
+    )
