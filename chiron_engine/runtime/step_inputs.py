@@ -1,0 +1,150 @@
+"""From a step plan to the packed rows of one forward pass: decodes first, then the chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chiron_engine.model.attention import AttentionBatch, ChunkRows
+from chiron_engine.policy.iteration.plan import NO_DECODES, Chunk, DecodeBatch, StepPlan
+
+from .sampler import SamplingRows, upload_array
+from .slots import IntArray, SlotStates
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """One forward pass and the sampling after it.
+
+    input_ids, positions: int64 [rows]. sample_rows: int64 [sampled], the rows whose logits are
+    wanted. slots: int64 [sampled], where each sampled token goes. token_positions: int64 [sampled],
+    the index in its sequence of the token to sample.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    batch: AttentionBatch
+    sample_rows: Tensor
+    slots: Tensor
+    token_positions: Tensor
+    sampling: SamplingRows
+
+
+class DecodeRows:
+    """What is derived from one DecodeBatch, kept for as long as the plan carries the same object.
+
+    A steady step adds one to `lens` and, where a table grew, gathers the tables again.
+    """
+
+    def __init__(self, batch: DecodeBatch, states: SlotStates, block_size: int) -> None:
+        self.batch = batch
+        self.slots_on_host: IntArray = np.array(batch.slots, np.int64)
+        self.slots = upload_array(self.slots_on_host, states.device)
+        self.rows = torch.arange(len(batch.slots), device=states.device)
+        self.sampling = states.sampling.rows(self.slots_on_host, states.device)
+        lengths = states.lengths[self.slots_on_host]
+        self.lens = upload_array(lengths, states.device)
+        self.max_len = int(lengths.max()) if len(lengths) else 0
+        self._block_size = block_size
+        self._gather_tables(states)
+
+    def advance(self, states: SlotStates, tables_grew: bool) -> None:
+        """One step later, the same requests."""
+        self.lens += 1
+        self.max_len += 1
+        if tables_grew or -(-self.max_len // self._block_size) != self.tables.shape[1]:
+            self._gather_tables(states)
+
+    def _gather_tables(self, states: SlotStates) -> None:
+        width = -(-self.max_len // self._block_size)
+        self.tables = states.device_tables[:, :width].index_select(0, self.slots)
+
+
+class StepPacker:
+    """Builds the inputs of each step from its plan and the states of the slots."""
+
+    def __init__(self, states: SlotStates, block_size: int) -> None:
+        self._states = states
+        self._block_size = block_size
+        self._decodes = DecodeRows(NO_DECODES, states, block_size)
+
+    def pack(self, plan: StepPlan) -> StepInputs:
+        """The inputs of the plan's forward pass. Call once per plan, after `SlotStates.apply`."""
+        decodes = self._advance_decodes(plan)
+        positions = decodes.lens - 1
+        block_index = positions // self._block_size
+        write_blocks = decodes.tables.gather(1, block_index.unsqueeze(1)).squeeze(1)
+        inputs = StepInputs(
+            input_ids=self._states.last_tokens.index_select(0, decodes.slots),
+            positions=positions,
+            batch=AttentionBatch(
+                num_decodes=len(plan.decode.slots),
+                decode_tables=decodes.tables,
+                decode_lens=decodes.lens,
+                max_decode_len=decodes.max_len,
+                chunks=[],
+                write_blocks=write_blocks,
+                write_offsets=positions % self._block_size,
+            ),
+            sample_rows=decodes.rows,
+            slots=decodes.slots,
+            token_positions=decodes.lens,
+            sampling=decodes.sampling,
+        )
+        if plan.chunks:
+            self._add_chunks(plan.chunks, inputs)
+        # The token sampled in this step is known from the next one on.
+        self._states.lengths[decodes.slots_on_host] += 1
+        for chunk in plan.chunks:
+            self._states.lengths[chunk.slot] = chunk.start + chunk.count + chunk.samples
+        return inputs
+
+    def _advance_decodes(self, plan: StepPlan) -> DecodeRows:
+        if plan.decode is not self._decodes.batch:
+            self._decodes = DecodeRows(plan.decode, self._states, self._block_size)
+        elif plan.decode.slots:
+            self._decodes.advance(self._states, bool(plan.grown))
+        return self._decodes
+
+    def _add_chunks(self, chunks: list[Chunk], inputs: StepInputs) -> None:
+        """Append the rows of the chunks, and those of them that sample."""
+        states, device = self._states, self._states.device
+        inputs.batch.chunks = self._chunk_rows(chunks, inputs.batch.num_decodes)
+        packed = upload_array(np.concatenate([self._columns(c) for c in chunks], axis=1), device)
+        inputs.input_ids = torch.cat((inputs.input_ids, packed[0]))
+        inputs.positions = torch.cat((inputs.positions, packed[1]))
+        inputs.batch.write_blocks = torch.cat((inputs.batch.write_blocks, packed[2]))
+        inputs.batch.write_offsets = torch.cat((inputs.batch.write_offsets, packed[3]))
+        sampled = [
+            (rows.row_start + rows.count - 1, chunk.slot, chunk.start + chunk.count)
+            for chunk, rows in zip(chunks, inputs.batch.chunks, strict=True)
+            if chunk.samples
+        ]
+        if not sampled:
+            return
+        rows_slots_positions = np.array(sampled, np.int64).T
+        new = upload_array(rows_slots_positions, device)
+        inputs.sample_rows = torch.cat((inputs.sample_rows, new[0]))
+        inputs.slots = torch.cat((inputs.slots, new[1]))
+        inputs.token_positions = torch.cat((inputs.token_positions, new[2]))
+        slots = np.concatenate((self._decodes.slots_on_host, rows_slots_positions[1]))
+        inputs.sampling = states.sampling.rows(slots, device)
+
+    def _chunk_rows(self, chunks: list[Chunk], row: int) -> list[ChunkRows]:
+        found = []
+        for chunk in chunks:
+            blocks = -(-(chunk.start + chunk.count) // self._block_size)
+            table = self._states.device_tables[chunk.slot, :blocks]
+            found.append(ChunkRows(row_start=row, count=chunk.count, context=chunk.start, table=table))
+            row += chunk.count
+        return found
+
+    def _columns(self, chunk: Chunk) -> IntArray:
+        """Token, position, block and offset of each row of a chunk: [4, count]."""
+        positions = np.arange(chunk.start, chunk.start + chunk.count)
+        blocks = self._states.tables[chunk.slot, positions // self._block_size]
+        tokens = self._states.known_tokens(chunk.slot, chunk.start, chunk.count)
+        return np.stack((tokens, positions, blocks, positions % self._block_size))

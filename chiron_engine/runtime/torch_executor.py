@@ -1,0 +1,166 @@
+"""The executor that runs a real model: plans in, token ids out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from chiron_engine.core.executor import ExecutorShape
+from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.loader import CausalLM
+from chiron_engine.policy.iteration.plan import StepPlan, StepResult
+
+from .kv_transfer import KvTransfer
+from .sampler import sample
+from .slots import SlotStates
+from .step_inputs import StepPacker
+
+logger = logging.getLogger(__name__)
+
+CUDA_PIPELINE_DEPTH = 2
+NO_TOKEN = -1
+
+
+@dataclass(slots=True, eq=False)
+class TorchStep:
+    """A step under way. `tokens` lies on the host (pinned on CUDA, complete once `done` has passed)
+    and holds NO_TOKEN for a row whose logits were all NaN or -inf."""
+
+    plan: StepPlan
+    tokens: Tensor
+    device_s: float = 0.0
+    began: torch.cuda.Event | None = field(default=None)
+    done: torch.cuda.Event | None = field(default=None)
+
+
+class TorchExecutor:
+    """Carries out step plans with a CausalLM over a device KV pool and, optionally, a host pool.
+
+    On CUDA `submit` returns once the work is queued; on the CPU once it is done. Everything of a
+    step is queued in the order the plan promises on one stream: copies out, copies in, forward,
+    sampling. The last sampled tokens stay on the device and feed the next step.
+
+    A row with no logit above -inf (a broken checkpoint or an overflow) gets token 0, so that the
+    requests beside it go on; `num_invalid_rows` counts such rows and the first is logged.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        device_pool: KvPool,
+        host_pool: KvPool | None,
+        *,
+        max_slots: int,
+        max_step_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.model = model
+        self.device_pool = device_pool
+        self.transfer = KvTransfer(device_pool, host_pool) if host_pool is not None else None
+        self.device = device_pool.storage.device
+        self.num_invalid_rows = 0
+        self._shape = ExecutorShape(
+            block_size=device_pool.block_size,
+            num_device_blocks=device_pool.num_blocks,
+            num_host_blocks=host_pool.num_blocks if host_pool is not None else 0,
+            max_slots=max_slots,
+            max_step_tokens=max_step_tokens,
+            max_model_len=max_model_len,
+            vocab_size=model.spec.vocab_size,
+            pipeline_depth=CUDA_PIPELINE_DEPTH if self.device.type == "cuda" else 1,
+        )
+        table_width = -(-max_model_len // device_pool.block_size)
+        self._states = SlotStates(max_slots, table_width, model.spec.vocab_size, self.device)
+        self._packer = StepPacker(self._states, device_pool.block_size)
+        self._under_way: deque[TorchStep] = deque()
+        self._closed = False
+
+    @property
+    def shape(self) -> ExecutorShape:
+        return self._shape
+
+    def submit(self, plan: StepPlan) -> TorchStep:
+        """Start a step. Raises RuntimeError when closed or when too many steps are under way."""
+        if self._closed:
+            raise RuntimeError("the executor is closed")
+        if len(self._under_way) >= self._shape.pipeline_depth:
+            raise RuntimeError(f"{len(self._under_way)} steps are under way; collect one first")
+        with torch.inference_mode():
+            step = self._run_on_cuda(plan) if self.device.type == "cuda" else self._run(plan)
+        self._under_way.append(step)
+        return step
+
+    def _run(self, plan: StepPlan) -> TorchStep:
+        start = time.perf_counter()
+        tokens = self._compute(plan)
+        return TorchStep(plan, tokens, time.perf_counter() - start)
+
+    def _run_on_cuda(self, plan: StepPlan) -> TorchStep:
+        with torch.cuda.device(self.device):
+            began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            began.record()
+            tokens = self._compute(plan)
+            on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            on_host.copy_(tokens, non_blocking=True)
+            done.record()
+        return TorchStep(plan, on_host, began=began, done=done)
+
+    def _compute(self, plan: StepPlan) -> Tensor:
+        """Copies, forward pass and sampling; returns the tokens on the device."""
+        self._copy_blocks(plan)
+        self._states.apply(plan)
+        if not (plan.decode.slots or plan.chunks):
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        inputs = self._packer.pack(plan)
+        logits = self.model.forward(
+            inputs.input_ids, inputs.positions, inputs.batch, self.device_pool, inputs.sample_rows
+        )
+        if not len(inputs.sample_rows):
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        tokens, valid = sample(logits, inputs.sampling, inputs.token_positions)
+        self._states.last_tokens.index_copy_(0, inputs.slots, tokens)
+        return torch.where(valid, tokens, NO_TOKEN)
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        if not (plan.copies_out or plan.copies_in):
+            return
+        if self.transfer is None:
+            raise ValueError(f"step {plan.step} copies blocks to or from the host; there is no host pool")
+        self.transfer.copy_out(plan.copies_out)
+        self.transfer.copy_in(plan.copies_in)
+
+    def collect(self, handle: TorchStep) -> StepResult:
+        """Wait for the oldest step and return its tokens."""
+        if not self._under_way or handle is not self._under_way[0]:
+            raise ValueError(f"step {handle.plan.step} is not the oldest step under way")
+        if handle.done is not None and handle.began is not None:
+            handle.done.synchronize()
+            handle.device_s = handle.began.elapsed_time(handle.done) / 1e3
+        self._under_way.popleft()
+        tokens: list[int] = handle.tokens.tolist()
+        if NO_TOKEN in tokens:
+            tokens = self._replace_invalid(handle.plan, tokens)
+        return StepResult(tokens, handle.device_s)
+
+    def _replace_invalid(self, plan: StepPlan, tokens: list[int]) -> list[int]:
+        if not self.num_invalid_rows:
+            logger.error("step %d: the model gave a row of logits that are all NaN or -inf", plan.step)
+        self.num_invalid_rows += tokens.count(NO_TOKEN)
+        return [max(token, 0) for token in tokens]
+
+    def close(self) -> None:
+        """Wait for the device and let go of the pools and the model."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._under_way.clear()
+        del self.model, self.device_pool, self.transfer, self._states, self._packer
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
