@@ -7,9 +7,9 @@ class OutOfMemory(MemoryError):
     """Not enough memory to start. `needed` and `available` are bytes."""
 
     def __init__(self, what: str, needed: int, available: int, advice: str) -> None:
-        mib = 1 << 20
+        needed_mib, available_mib = needed / 2**20, max(available, 0) / 2**20
         super().__init__(
-            f"{what} needs {needed / mib:,.0f} MiB; {max(available, 0) / mib:,.0f} MiB are available: {advice}"
+            f"{what} needs {needed_mib:,.0f} MiB; {available_mib:,.0f} MiB are available: {advice}"
         )
         self.needed = needed
         self.available = available

@@ -49,7 +49,8 @@ class SlotStates:
             raise ValueError(f"slot {joined.slot} joins without token values, which a model needs")
         if len(joined.blocks) > self.tables.shape[1]:
             raise ValueError(
-                f"slot {joined.slot} joins with {len(joined.blocks)} blocks; a table holds {self.tables.shape[1]}"
+                f"slot {joined.slot} joins with {len(joined.blocks)} blocks; "
+                f"a table holds {self.tables.shape[1]}"
             )
         row = self.tables[joined.slot]
         row[: len(joined.blocks)] = joined.blocks
@@ -73,5 +74,7 @@ class SlotStates:
         """Tokens [start, start + count) of a request as it joined."""
         tokens = self._tokens[slot]
         if start + count > len(tokens):
-            raise ValueError(f"chunk [{start}, {start + count}) of slot {slot}, which knows {len(tokens)} tokens")
+            raise ValueError(
+                f"chunk [{start}, {start + count}) of slot {slot}, which knows {len(tokens)} tokens"
+            )
         return tokens[start : start + count]

@@ -6,19 +6,22 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.model.kv_pool import KvPool
-from chiron_engine.model.loader import CausalLM
 from chiron_engine.policy.iteration.plan import StepPlan, StepResult
 
 from .kv_transfer import KvTransfer
 from .sampler import sample
 from .slots import SlotStates
 from .step_inputs import StepPacker
+
+if TYPE_CHECKING:
+    from chiron_engine.model.loader import CausalLM
 
 logger = logging.getLogger(__name__)
 
