@@ -1,0 +1,238 @@
+"""Attention over the paged KV pool: how the rows of a forward pass are described, and the backend
+that computes with torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from chiron_kernels.torch_attention import chunk_attention, chunk_mask, decode_attention, decode_mask
+from chiron_kernels.torch_kv import gather_kv, write_kv
+
+from chiron_engine.model.kv_pool import KvPool
+
+
+@dataclass(slots=True, eq=False)
+class ChunkRows:
+    """Rows [row_start, row_start + count) continue one request whose first `context` tokens have
+    their KV in the pool. table: int64 [ceil((context + count) / block_size)] block ids."""
+
+    row_start: int
+    count: int
+    context: int
+    table: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class AttentionBatch:
+    """The packed rows of one forward pass: `num_decodes` rows of one token each, then the chunks'
+    rows one after another.
+
+    decode_tables: int64 [num_decodes, W] block ids padded with 0, W the blocks that cover
+    max_decode_len. decode_lens: int64 [num_decodes], the KV length a row attends to, its own token
+    included. write_blocks, write_offsets: int64 [T], where each row's keys and values go.
+    """
+
+    num_decodes: int
+    decode_tables: torch.Tensor
+    decode_lens: torch.Tensor
+    max_decode_len: int
+    chunks: list[ChunkRows]
+    write_blocks: torch.Tensor
+    write_offsets: torch.Tensor
+
+
+class AttentionBackend(Protocol):
+    """Stores and reads the KV of the rows of one forward pass."""
+
+    def begin(self, batch: AttentionBatch, pool: KvPool) -> None:
+        """Start a forward pass: forget what was derived for the last one."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pool: KvPool,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write k, v [T, Hkv, D] to the pool, then attend with q [T, Hq, D]. Returns [T, Hq, D].
+
+        window: keys a row sees, itself included; None is all. softcap: c tanh(score / c).
+        sinks: [Hq] extra logits of the softmax.
+        """
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _DecodeGroup:
+    """Decoding rows of similar length that are gathered together.
+
+    rows: None is all of them. tables: int64 [B * W] of block ids, flat. mask: [B, 1, 1, L].
+    stale: int64 indices of gathered tokens past a row's end, which may hold anything.
+    """
+
+    rows: torch.Tensor | None
+    size: int
+    tables: torch.Tensor
+    mask: torch.Tensor
+    stale: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class _Derived:
+    """What all layers with the same window share in one forward pass."""
+
+    decodes: list[_DecodeGroup] = field(default_factory=list)
+    chunk_masks: list[torch.Tensor | None] = field(default_factory=list)
+
+
+class TorchAttention:
+    """The reference backend: one gather per layer for all decodes of similar length, then the
+    fused attention of torch; one call per chunk."""
+
+    def __init__(self) -> None:
+        self._derived: dict[int | None, _Derived] = {}
+        self._scratch: torch.Tensor | None = None
+
+    def begin(self, batch: AttentionBatch, pool: KvPool) -> None:
+        self._derived.clear()
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pool: KvPool,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        kv = pool.kv(layer)
+        write_kv(kv, k, v, batch.write_blocks, batch.write_offsets)
+        derived = self._derived.get(window)
+        if derived is None:
+            derived = self._derived[window] = _derive(batch, pool, window, q.dtype)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for group in derived.decodes:
+            self._decode(group, q, kv, out, batch.num_decodes, scale, softcap, sinks)
+        for chunk, mask in zip(batch.chunks, derived.chunk_masks, strict=True):
+            rows = slice(chunk.row_start, chunk.row_start + chunk.count)
+            keys, values = k[rows], v[rows]
+            if chunk.context:
+                past = gather_kv(kv, chunk.table)[: chunk.context + chunk.count]
+                keys, values = past[:, 0], past[:, 1]
+            out[rows] = chunk_attention(q[rows], keys, values, mask, scale, softcap, sinks)
+        return out
+
+    def _decode(
+        self,
+        group: _DecodeGroup,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        out: torch.Tensor,
+        num_decodes: int,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        gathered = gather_kv(kv, group.tables, self._scratch_for(group.tables.numel(), kv))
+        # A hidden key weighs nothing, but nothing times NaN is NaN: what another request left in
+        # a recycled block must not reach this one.
+        gathered.index_fill_(0, group.stale, 0)
+        gathered = gathered.view(group.size, -1, *gathered.shape[1:])
+        queries = q[:num_decodes] if group.rows is None else q[group.rows]
+        result = decode_attention(queries, gathered, group.mask, scale, softcap, sinks)
+        if group.rows is None:
+            out[:num_decodes] = result
+        else:
+            out[group.rows] = result
+
+    def _scratch_for(self, blocks: int, kv: torch.Tensor) -> torch.Tensor:
+        """One gather buffer for all layers: fresh memory for each costs more than the gather."""
+        size = blocks * kv[0].numel()
+        scratch = self._scratch
+        if scratch is None or scratch.numel() < size or scratch.dtype != kv.dtype:
+            scratch = self._scratch = torch.empty(size, dtype=kv.dtype, device=kv.device)
+        return scratch
+
+
+def _derive(batch: AttentionBatch, pool: KvPool, window: int | None, dtype: torch.dtype) -> _Derived:
+    derived = _Derived()
+    if batch.num_decodes:
+        derived.decodes = _decode_groups(batch, pool.block_size, window, dtype)
+    for chunk in batch.chunks:
+        plain = chunk.context == 0 and (window is None or window >= chunk.count)
+        mask = None
+        if not plain:
+            mask = chunk_mask(chunk.count, chunk.context, window, dtype, pool.device)
+        derived.chunk_masks.append(mask)
+    return derived
+
+
+def _decode_groups(
+    batch: AttentionBatch, block_size: int, window: int | None, dtype: torch.dtype
+) -> list[_DecodeGroup]:
+    """Rows whose gathered length differs by less than a factor of two go together, so that one
+    long request does not make every other row gather its length."""
+    lens = batch.decode_lens
+    first_block = torch.zeros_like(lens)
+    if window is not None:
+        first_block = (lens - window).clamp_(min=0) // block_size
+    blocks = (lens + block_size - 1) // block_size - first_block
+    counts = blocks.tolist()
+    groups = []
+    for rows in _similar_rows(counts):
+        index = None if len(rows) == len(counts) else torch.tensor(rows, device=lens.device)
+        width = max(counts[row] for row in rows)
+        groups.append(_decode_group(batch, index, width, first_block, block_size, window, dtype))
+    return groups
+
+
+def _similar_rows(counts: list[int]) -> list[list[int]]:
+    """Row numbers in groups, in each of which the largest count is under twice the smallest."""
+    longest = max(counts)
+    if 2 * min(counts) > longest or longest * len(counts) <= 64:
+        return [list(range(len(counts)))]
+    by_size: dict[int, list[int]] = {}
+    for row, count in enumerate(counts):
+        by_size.setdefault(count.bit_length(), []).append(row)
+    return list(by_size.values())
+
+
+def _decode_group(
+    batch: AttentionBatch,
+    rows: torch.Tensor | None,
+    width: int,
+    first_block: torch.Tensor,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> _DecodeGroup:
+    tables, lens = batch.decode_tables, batch.decode_lens
+    if rows is not None:
+        tables, lens, first_block = tables[rows], lens[rows], first_block[rows]
+    last_block = (lens - 1) // block_size
+    columns = first_block[:, None] + torch.arange(width, device=lens.device)
+    # Past a row's last block read that block again: no row reads a block that is not its own.
+    tables = tables.gather(1, columns.clamp(max=last_block[:, None]))
+    first = first_block * block_size
+    mask = decode_mask(lens, first, width * block_size, window, dtype)
+    stale = (first[:, None] + torch.arange(width * block_size, device=lens.device)) >= lens[:, None]
+    return _DecodeGroup(
+        rows=rows,
+        size=lens.numel(),
+        tables=tables.flatten(),
+        mask=mask,
+        stale=stale.flatten().nonzero().flatten(),
+    )

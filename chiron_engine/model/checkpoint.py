@@ -1,0 +1,64 @@
+"""The tensors of a model directory, read from safetensors one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from chiron_engine.model.directory import weight_files
+from chiron_engine.model.errors import ModelError
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Checkpoint:
+    """Reads tensors by name. Raises ModelError where a file is broken, or a tensor is missing, of
+    another shape than asked for, or not of a floating-point type."""
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._file_of: dict[str, Any] = {}
+        for file in weight_files(path):
+            try:
+                opened = safe_open(file, framework="pt", device="cpu")
+                names = list(opened.keys())
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"cannot read {file}: {error}; download the model again") from None
+            self._file_of.update(dict.fromkeys(names, (file, opened)))
+        self._path = path
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """The tensor in the dtype and on the device asked for. Where no conversion is needed it is
+        a view of the file: never write to it."""
+        if name not in self._file_of:
+            raise ModelError(f"{self._path} lacks the tensor {name}: not a complete checkpoint of this model")
+        file, opened = self._file_of[name]
+        found = tuple(opened.get_slice(name).get_shape())
+        if found != tuple(shape):
+            raise ModelError(f"{file}: {name} has shape {list(found)}, but config.json asks for {list(shape)}")
+        try:
+            tensor = opened.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ModelError(f"cannot read {name} of {file}: {error}") from None
+        if tensor.dtype not in _FLOATS:
+            raise ModelError(f"{file}: {name} is {tensor.dtype}: quantised checkpoints are not supported")
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+    def stack(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Several tensors concatenated along the first axis, without a second copy of any."""
+        rows = sum(shape[0] for shape in shapes)
+        out = torch.empty((rows, *shapes[0][1:]), dtype=self._dtype, device=self._device)
+        start = 0
+        for name, shape in zip(names, shapes, strict=True):
+            out[start : start + shape[0]] = self.read(name, shape)
+            start += shape[0]
+        return out
+
+

@@ -1,0 +1,7 @@
+"""Why a model cannot be served."""
+
+from __future__ import annotations
+
+
+class ModelError(Exception):
+    """A model cannot be found, read or run. The message is one line: the cause, then the remedy."""

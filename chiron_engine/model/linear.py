@@ -1,0 +1,42 @@
+"""The one linear layer of the native decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+# Rows for which oneDNN chooses the layout of packed weights; other counts use the same layout.
+_PACKED_FOR_ROWS = 32
+
+
+class Linear:
+    """y = x W^T + b, x [T, in], W [out, in].
+
+    On the CPU the weight is kept in oneDNN's blocked layout alone, which spares reordering it in
+    every call; the dense one is not kept.
+    """
+
+    __slots__ = ("_bias", "_dense", "_packed")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._bias = bias
+        self._packed: torch.Tensor | None = None
+        self._dense: torch.Tensor | None = None
+        if can_pack(weight):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+        else:
+            self._dense = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed is None:
+            return linear(x, self._dense, self._bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether this build and this CPU have oneDNN's packed linear for the weight's type."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.float32:
+        return True
+    return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,134 @@
+"""The native decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3), over packed rows.
+
+One flat pass: no module tree, no hooks, nothing from transformers. A row is one token of one
+request; where its keys and values live is the attention backend's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import embedding, linear, rms_norm, silu
+
+from chiron_engine.model.attention import AttentionBackend, AttentionBatch
+from chiron_engine.model.checkpoint import Checkpoint
+from chiron_engine.model.directory import CONFIG, eos_token_ids, model_name, read_json
+from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.linear import Linear
+from chiron_engine.model.llama_config import LlamaConfig, parse_config
+from chiron_engine.model.rope import Rope, rotate
+from chiron_engine.model.spec import LayerGeometry, ModelSpec
+
+
+class LlamaLayer:
+    """One decoder layer: its weights, query, key and value packed into one matrix, gate and up
+    into another."""
+
+    __slots__ = ("down", "gate_up", "input_norm", "k_norm", "mlp_norm", "output", "q_norm", "qkv", "window")
+
+    def __init__(self, config: LlamaConfig, index: int, weights: Checkpoint) -> None:
+        prefix = f"model.layers.{index}."
+        hidden, dim = config.hidden_size, config.head_dim
+        query, key = config.heads * dim, config.kv_heads * dim
+
+        def packed(block: str, rows: dict[str, int], columns: int, bias: bool) -> Linear:
+            names = [f"{prefix}{block}.{name}_proj" for name in rows]
+            weight = weights.stack([f"{n}.weight" for n in names], [(r, columns) for r in rows.values()])
+            if not bias:
+                return Linear(weight)
+            return Linear(weight, weights.stack([f"{n}.bias" for n in names], [(r,) for r in rows.values()]))
+
+        self.window = config.windows[index]
+        self.input_norm = weights.read(f"{prefix}input_layernorm.weight", (hidden,))
+        self.mlp_norm = weights.read(f"{prefix}post_attention_layernorm.weight", (hidden,))
+        self.qkv = packed("self_attn", {"q": query, "k": key, "v": key}, hidden, config.qkv_bias)
+        self.output = packed("self_attn", {"o": hidden}, query, config.output_bias)
+        middle = config.intermediate_size
+        self.gate_up = packed("mlp", {"gate": middle, "up": middle}, hidden, config.mlp_bias)
+        self.down = packed("mlp", {"down": hidden}, middle, config.mlp_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = weights.read(f"{prefix}self_attn.q_norm.weight", (dim,))
+            self.k_norm = weights.read(f"{prefix}self_attn.k_norm.weight", (dim,))
+
+
+class LlamaModel:
+    """A decoder of the Llama family, ready to run."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: AttentionBackend,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> None:
+        raw = read_json(path / CONFIG)
+        self.config = config = parse_config(raw)
+        self.dtype = dtype
+        self.spec = ModelSpec(
+            name=model_name(path),
+            architecture=config.architecture,
+            layers=(LayerGeometry(config.kv_heads, config.head_dim),) * config.num_layers,
+            vocab_size=config.vocab_size,
+            max_model_len=config.max_position,
+            eos_token_ids=eos_token_ids(path, raw),
+            path=path,
+        )
+        weights = Checkpoint(path, dtype, device)
+        table = (config.vocab_size, config.hidden_size)
+        self._embedding = weights.read("model.embed_tokens.weight", table)
+        self._head = self._embedding if config.tied_embeddings else weights.read("lm_head.weight", table)
+        self._norm = weights.read("model.norm.weight", (config.hidden_size,))
+        self._rope = Rope(config.rope, dtype, device)
+        self._attention = attention
+        self._layers = []
+        for index in range(config.num_layers):
+            self._layers.append(LlamaLayer(config, index, weights))
+            if progress is not None:
+                progress("load weights", (index + 1) / config.num_layers)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        pool: KvPool,
+        sample_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Next-token logits, float32 [S, vocab_size], of the rows in `sample_rows` (int64 [S]);
+        input_ids and positions are int64 [T]."""
+        self._attention.begin(batch, pool)
+        angles = self._rope.angles(positions)
+        x = embedding(input_ids, self._embedding)
+        for index, layer in enumerate(self._layers):
+            x = x + self._attend(index, layer, self._normalise(x, layer.input_norm), angles, batch, pool)
+            gate, up = layer.gate_up(self._normalise(x, layer.mlp_norm)).chunk(2, dim=-1)
+            x = x + layer.down(silu(gate) * up)
+        x = self._normalise(x[sample_rows], self._norm)
+        return linear(x, self._head).float()
+
+    def _attend(
+        self,
+        index: int,
+        layer: LlamaLayer,
+        x: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        batch: AttentionBatch,
+        pool: KvPool,
+    ) -> torch.Tensor:
+        config = self.config
+        qkv = layer.qkv(x).view(x.shape[0], -1, config.head_dim)
+        q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._normalise(q, layer.q_norm), self._normalise(k, layer.k_norm)
+        q, k = rotate(q, angles), rotate(k, angles)
+        scale = config.head_dim**-0.5
+        attended = self._attention.attend(index, q, k, v, pool, batch, scale, layer.window, None, None)
+        return layer.output(attended.flatten(1))
+
+    def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, weight.shape, weight, self.config.norm_eps)
