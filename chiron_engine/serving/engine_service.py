@@ -1,0 +1,330 @@
+"""The Engine service: one Connect stream per gateway, token ids in and out.
+
+Outputs cross from the loop's thread to asyncio at most once a step, and leave as one message per
+stream and step; a stream whose reader is slow gets several steps merged into one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import random
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+
+from chiron_engine.core.engine_core import EngineLoad
+from chiron_engine.core.requests import InvalidRequest, QueueFull, build_request
+from chiron_engine.policy.iteration.request import FinishReason, Request, SamplingParams, Slo, SloClass
+from chiron_engine.rpc.errors import RpcFailure, invalid_argument, unavailable
+from chiron_engine.rpc.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+from chiron_engine.rpc.wire import sampling_fields, slo_fields
+
+from .engine_loop import EngineLoop, EngineUnavailable, LoopOutput, LoopState, Rejection
+
+log = logging.getLogger(__name__)
+
+# Tokens a stream may hold back for its reader before it is closed: some 256 KiB on the wire.
+MAX_PENDING_TOKENS = 1 << 16
+
+FINISH_REASONS = {
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: types_pb2.FINISH_REASON_ABORT,
+    FinishReason.ERROR: types_pb2.FINISH_REASON_ERROR,
+}
+ENGINE_FAILED = "the engine failed"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    """What a gateway is told of the model. dtype: the one in use, never `auto`."""
+
+    model: str
+    architecture: str
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Origin:
+    """Where a request came from; its `client`."""
+
+    stream: Stream
+    handle: int
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One gateway's stream: its live requests, and what waits to be written to it."""
+
+    request_ids: dict[int, int] = field(default_factory=dict)  # by handle
+    handles: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finished: list[engine_pb2.Finished] = field(default_factory=list)
+    rejected: list[engine_pb2.Rejected] = field(default_factory=list)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: bool = False
+
+    def reject(
+        self, handle: int, code: grpc.StatusCode, message: str, retry_after_ms: int | None = None
+    ) -> None:
+        self.request_ids.pop(handle, None)
+        self.rejected.append(
+            engine_pb2.Rejected(
+                handle=handle, code=code.value[0], message=message, retry_after_ms=retry_after_ms or 0
+            )
+        )
+        self.ready.set()
+
+    def take(self, load: engine_pb2.EngineLoad, step: int) -> engine_pb2.EngineEvent:
+        """Everything that waits, as one message."""
+        output = engine_pb2.StepOutput(
+            step=step,
+            handles=self.handles,
+            token_ids=self.tokens,
+            finished=self.finished,
+            rejected=self.rejected,
+            load=load,
+        )
+        self.handles, self.tokens, self.finished, self.rejected = [], [], [], []
+        return engine_pb2.EngineEvent(output=output)
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    """Answers from the first moment: until `attach`, with UNAVAILABLE and the load phase.
+
+    Everything but `_receive` runs on the event loop that `attach` was called on.
+    """
+
+    def __init__(self) -> None:
+        self.boot_id = uuid.uuid4().hex
+        self.phase = "starting"
+        self._loop: EngineLoop | None = None
+        self._description = EngineDescription("", "", "", ())
+        self._streams: set[Stream] = set()
+        self._request_ids = itertools.count(1)
+        self._seeds = random.Random()
+        self._outputs: deque[LoopOutput] = deque()
+        self._dispatch_due = False
+
+    def attach(self, loop: EngineLoop, description: EngineDescription, seed: int = 0) -> None:
+        """Serve this loop from now on. `seed` starts the seeds of requests that bring none."""
+        self._aio = asyncio.get_running_loop()
+        self._loop = loop
+        self._description = description
+        self._seeds.seed(seed)
+        self.phase = "ready"
+        self._unsubscribe = loop.subscribe(self._receive)
+
+    def announce_draining(self) -> None:
+        """Tell every gateway, so that none sends more."""
+        self.phase = "draining"
+        for stream in self._streams:
+            stream.ready.set()
+
+    def detach(self) -> None:
+        if self._loop is not None:
+            self._unsubscribe()
+
+    async def GetStatus(
+        self, request: engine_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.EngineStatus:
+        status = engine_pb2.EngineStatus(boot_id=self.boot_id, pid=os.getpid(), phase=self._phase())
+        if self._loop is None:
+            return status
+        load = self._loop.load
+        status.step = max(load.step, 0)
+        status.load.CopyFrom(self._wire_load(load))
+        status.free_host_blocks = load.free_host_blocks
+        status.total_host_blocks = load.total_host_blocks
+        status.preemptions = load.preemptions
+        status.prefix_hit_tokens = load.prefix_hit_tokens
+        status.prefix_query_tokens = load.prefix_query_tokens
+        return status
+
+    async def Connect(
+        self, commands: AsyncIterator[engine_pb2.EngineCommand], context: grpc.aio.ServicerContext
+    ) -> None:
+        loop = self._ready_loop()
+        stream = Stream()
+        self._streams.add(stream)
+        reader = asyncio.create_task(self._read(commands, stream, loop))
+        try:
+            await context.write(engine_pb2.EngineEvent(hello=self._hello(loop)))
+            await self._write(context, stream, loop)
+            await reader  # ended: raises what ended it
+        finally:
+            reader.cancel()
+            stream.closed = True
+            self._streams.discard(stream)
+            loop.abort(stream.request_ids.values())
+
+    async def _read(
+        self, commands: AsyncIterator[engine_pb2.EngineCommand], stream: Stream, loop: EngineLoop
+    ) -> None:
+        try:
+            async for command in commands:
+                for submit in command.submits:
+                    self._submit(submit, stream, loop)
+                aborted = [stream.request_ids[h] for h in command.aborts if h in stream.request_ids]
+                if aborted:
+                    loop.abort(aborted)
+        finally:
+            stream.closed = True
+            stream.ready.set()
+
+    async def _write(self, context: grpc.aio.ServicerContext, stream: Stream, loop: EngineLoop) -> None:
+        while True:
+            await stream.ready.wait()
+            stream.ready.clear()
+            if stream.closed:
+                return
+            if len(stream.tokens) > MAX_PENDING_TOKENS:
+                raise RpcFailure(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"the stream is read too slowly: over {MAX_PENDING_TOKENS} tokens wait",
+                )
+            load = loop.load
+            await context.write(stream.take(self._wire_load(load), max(load.step, 0)))
+
+    def _submit(self, submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop) -> None:
+        if submit.handle in stream.request_ids:
+            raise invalid_argument(f"handle {submit.handle} is in use on this stream")
+        try:
+            request = self._build(submit, stream, loop)
+            loop.submit(request)
+        except ValueError as error:  # InvalidRequest too
+            stream.reject(submit.handle, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except EngineUnavailable as error:
+            stream.reject(submit.handle, grpc.StatusCode.UNAVAILABLE, str(error), 1000)
+        else:
+            stream.request_ids[submit.handle] = request.request_id
+
+    def _build(self, submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop) -> Request:
+        now = loop.clock.now()
+        slo = slo_fields(submit.slo)
+        return build_request(
+            next(self._request_ids),
+            submit.prompt_token_ids,
+            SamplingParams(**sampling_fields(submit.sampling)),
+            shape=loop.shape,
+            eos_token_ids=self._description.eos_token_ids,
+            draw_seed=lambda: self._seeds.getrandbits(64),
+            slo=Slo(
+                SloClass.BATCH if slo["batch"] else SloClass.INTERACTIVE,
+                slo["ttft_s"],
+                slo["itl_s"],
+                None if slo["deadline_s"] is None else now + slo["deadline_s"],
+            ),
+            arrival=now,
+            client=Origin(stream, submit.handle),
+        )
+
+    def _receive(self, output: LoopOutput) -> None:
+        """Called on the engine loop's thread, once a step. While a dispatch is due it will take
+        this output too; it clears the flag before it looks, so none is left behind."""
+        self._outputs.append(output)
+        if not self._dispatch_due:
+            self._dispatch_due = True
+            self._aio.call_soon_threadsafe(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._dispatch_due = False
+        touched: set[Stream] = set()
+        while self._outputs:
+            self._sort(self._outputs.popleft(), touched)
+        for stream in touched:
+            stream.ready.set()
+        if self._loop is not None and self._loop.state is LoopState.FAILED:
+            self.phase = "failed"
+
+    def _sort(self, output: LoopOutput, touched: set[Stream]) -> None:
+        """Append an output's tokens and ends to the streams they belong to."""
+        step = output.step
+        if step.tokens is not None:
+            for request, token in zip(step.requests, step.tokens, strict=True):
+                origin = _origin(request)
+                stream = origin.stream
+                stream.handles.append(origin.handle)
+                stream.tokens.append(token)
+                touched.add(stream)
+        for request in step.finished:
+            origin = _origin(request)
+            origin.stream.request_ids.pop(origin.handle, None)
+            origin.stream.finished.append(_finished(origin.handle, request))
+            touched.add(origin.stream)
+        for rejection in output.rejected:
+            origin = _origin(rejection.request)
+            origin.stream.reject(origin.handle, *_refusal(rejection))
+
+    def _phase(self) -> str:
+        if self._loop is not None and self._loop.state is not LoopState.RUNNING:
+            return self._loop.state.value
+        return self.phase
+
+    def _ready_loop(self) -> EngineLoop:
+        if self._loop is None:
+            raise unavailable(f"the engine is loading ({self.phase})")
+        if self._loop.state is not LoopState.RUNNING:
+            raise unavailable(f"the engine takes no requests: it is {self._loop.state.value}")
+        return self._loop
+
+    def _hello(self, loop: EngineLoop) -> engine_pb2.Hello:
+        shape, description = loop.shape, self._description
+        return engine_pb2.Hello(
+            boot_id=self.boot_id,
+            model=description.model,
+            vocab_size=shape.vocab_size,
+            max_model_len=min(shape.max_model_len, shape.num_device_blocks * shape.block_size),
+            block_size=shape.block_size,
+            max_num_seqs=shape.max_slots,
+            load=self._wire_load(loop.load),
+            architecture=description.architecture,
+            dtype=description.dtype,
+            eos_token_ids=description.eos_token_ids,
+        )
+
+    def _wire_load(self, load: EngineLoad) -> engine_pb2.EngineLoad:
+        return engine_pb2.EngineLoad(
+            running=load.running,
+            waiting=load.waiting,
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+            max_running=load.max_running,
+            draining=self._phase() != "ready",
+        )
+
+
+def _origin(request: Request) -> Origin:
+    origin = request.client
+    assert isinstance(origin, Origin)  # this service submitted it
+    return origin
+
+
+def _finished(handle: int, request: Request) -> engine_pb2.Finished:
+    reason = request.finish_reason or FinishReason.ERROR
+    started = request.first_scheduled
+    return engine_pb2.Finished(
+        handle=handle,
+        reason=FINISH_REASONS[reason],
+        cached_tokens=request.num_cached_tokens,
+        preemptions=request.num_preempted,
+        queue_s=0.0 if started is None else max(0.0, started - request.arrival),
+        message=ENGINE_FAILED if reason is FinishReason.ERROR else "",
+    )
+
+
+def _refusal(rejection: Rejection) -> tuple[grpc.StatusCode, str, int | None]:
+    error = rejection.error
+    if isinstance(error, QueueFull):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), int(error.retry_after_s * 1000)
+    if isinstance(error, InvalidRequest):
+        return grpc.StatusCode.INVALID_ARGUMENT, str(error), None
+    return grpc.StatusCode.UNAVAILABLE, str(error), 1000
