@@ -1,0 +1,181 @@
+"""From a configuration to an executor that is ready for requests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from chiron_engine.config import EngineConfig
+from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.loader import CausalLM, default_dtype, load_model
+from chiron_engine.model.source import resolve_model
+from chiron_engine.model.spec import ModelSpec
+
+from .errors import OutOfMemory
+from .host_memory import available_bytes
+from .kv_sizing import KvSizes, check_config, default_cpu_pool, size_kv
+from .torch_executor import TorchExecutor
+from .trial_steps import run_largest_step, warm_up
+
+Progress = Callable[[str, float], None]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The torch attention backend gathers the KV of all decoding rows, one layer at a time, padded to
+# at most twice their length, and its kernels may copy what it gathered once more.
+GATHERED_LAYERS = 4
+# Kept free on a CUDA device for what other libraries allocate outside torch.
+CUDA_RESERVE = 256 << 20
+
+
+def build_executor(config: EngineConfig, progress: Progress | None = None) -> tuple[TorchExecutor, ModelSpec]:
+    """Load the model, size the KV pools, warm up.
+
+    progress(phase, fraction of the phase done). Raises ValueError for settings that cannot be,
+    ModelError for a model that cannot be served, OutOfMemory.
+    """
+    report = progress if progress is not None else _no_progress
+    check_config(config)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    try:
+        model = _load(resolve_model(config.model, progress), dtype, device, report)
+        executor = _with_pools(config, model, device, report)
+        report("warm up", 0.0)
+        warm_up(executor)
+        report("warm up", 1.0)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise OutOfMemory(
+            f"loading {config.model}", total - free, total, "take a smaller model or a larger device"
+        ) from error
+    return executor, model.spec
+
+
+def _no_progress(phase: str, fraction: float) -> None:
+    """Nobody watches."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a device. Raises ValueError for what is not here."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}; torch {torch.__version__} sees no CUDA device here")
+    number = int(index or 0)
+    if number >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}; there are {torch.cuda.device_count()} CUDA devices, from 0")
+    return torch.device("cuda", number)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Raises ValueError for a type this device does not compute in."""
+    if name == "auto":
+        return default_dtype(device)
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("dtype is float16, which is for CUDA; on the CPU take float32 or bfloat16")
+    return DTYPES[name]
+
+
+def _load(path: Path, dtype: torch.dtype, device: torch.device, report: Progress) -> CausalLM:
+    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if device.type == "cpu" and weights > (available := available_bytes()):
+        raise OutOfMemory(f"loading {path.name}", weights, available, "take a smaller model")
+    return load_model(path, dtype=dtype, device=device, progress=report)
+
+
+def _with_pools(
+    config: EngineConfig, model: CausalLM, device: torch.device, report: Progress
+) -> TorchExecutor:
+    report("size KV cache", 0.0)
+    block_bytes = KvPool.block_bytes(config.block_size, model.spec.layers, model.dtype)
+    if device.type == "cuda":
+        pool_bytes = _cuda_pool_bytes(config, model, device)
+    else:
+        pool_bytes = _cpu_pool_bytes(config, available_bytes())
+    sizes = size_kv(config, model.spec.max_model_len, block_bytes, pool_bytes)
+    if device.type == "cuda":
+        _check_swap_space(sizes.host_blocks * block_bytes, available_bytes())
+    executor = make_executor(config, model, sizes, device)
+    report(sizes.describe(), 1.0)
+    return executor
+
+
+def make_executor(
+    config: EngineConfig, model: CausalLM, sizes: KvSizes, device: torch.device
+) -> TorchExecutor:
+    """Allocate the pools of these sizes."""
+    layers, dtype = model.spec.layers, model.dtype
+    pool = KvPool(sizes.device_blocks, config.block_size, layers, dtype, device)
+    host = None
+    if sizes.host_blocks:
+        pinned = device.type == "cuda"
+        host = KvPool(sizes.host_blocks, config.block_size, layers, dtype, "cpu", pinned=pinned)
+    return TorchExecutor(
+        model,
+        pool,
+        host,
+        max_slots=config.max_num_seqs,
+        max_step_tokens=config.max_num_batched_tokens,
+        max_model_len=sizes.max_model_len,
+    )
+
+
+def _cpu_pool_bytes(config: EngineConfig, available: int) -> int:
+    asked = config.kv_cache_memory
+    pool = asked if asked is not None else default_cpu_pool(available)
+    if pool + config.swap_space > available:
+        raise OutOfMemory(
+            f"a KV cache of {pool:,} bytes with {config.swap_space:,} bytes of swap space",
+            pool + config.swap_space,
+            available,
+            "lower kv_cache_memory or swap_space",
+        )
+    return pool
+
+
+def _check_swap_space(swap: int, available: int) -> None:
+    if swap > available:
+        raise OutOfMemory("the swap space on the host", swap, available, "lower swap_space")
+
+
+def _cuda_pool_bytes(config: EngineConfig, model: CausalLM, device: torch.device) -> int:
+    """What `gpu_memory_utilization` of the device leaves beside everything on it now, the largest
+    step, and what attention gathers."""
+    step_bytes = _largest_step_bytes(config, model, device)
+    free, total = torch.cuda.mem_get_info(device)
+    if config.kv_cache_memory is not None:
+        left, share = free - step_bytes - CUDA_RESERVE, config.kv_cache_memory
+        if share > left:
+            raise OutOfMemory("the KV cache", share, left, "lower kv_cache_memory")
+        return share
+    left = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes - CUDA_RESERVE
+    return int(max(left, 0) / (1 + GATHERED_LAYERS / len(model.spec.layers)))
+
+
+def _largest_step_bytes(config: EngineConfig, model: CausalLM, device: torch.device) -> int:
+    """Peak of a full step over what stands before it, by running one on a pool of its own."""
+    tokens = max(config.max_num_batched_tokens // config.max_num_seqs, 1) + 1
+    blocks = -(-tokens // config.block_size) * config.max_num_seqs
+    sizes = KvSizes(blocks, 0, model.spec.max_model_len, config.block_size)
+    trial = make_executor(config, model, sizes, device)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run_largest_step(trial)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    trial.close()
+    del trial
+    torch.cuda.empty_cache()
+    return peak

@@ -1,0 +1,117 @@
+"""Steps run before the first request: to warm up, to find the memory a full step takes, and to
+time recomputation against copies. They overwrite KV blocks, so only on an executor not yet in use.
+"""
+
+from __future__ import annotations
+
+import time
+
+from chiron_engine.policy.iteration.kv_tiers import SwapCosts
+from chiron_engine.policy.iteration.plan import Chunk, DecodeBatch, Joined, StepPlan
+from chiron_engine.policy.iteration.request import GREEDY, Request, SamplingParams
+
+from .torch_executor import TorchExecutor
+
+WARM_UP_TOKENS = 32
+# Exercises every stage of the sampler.
+SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.9)
+
+
+class TrialRequests:
+    """Requests of equal length that take the first slots and blocks of an idle executor.
+
+    Each has `known` tokens and room in its table for `known + room`.
+    """
+
+    def __init__(
+        self, executor: TorchExecutor, count: int, known: int, room: int, sampling: SamplingParams = GREEDY
+    ) -> None:
+        shape = executor.shape
+        width = -(-(known + room) // shape.block_size)
+        if count > shape.max_slots or count * width > shape.num_device_blocks:
+            raise ValueError(
+                f"{count} requests of {known + room} tokens need {count} slots and {count * width} blocks; "
+                f"there are {shape.max_slots} and {shape.num_device_blocks}"
+            )
+        self._executor = executor
+        self._known = known
+        tokens = [(7 * i + 1) % shape.vocab_size for i in range(known)]
+        self._joined = [
+            Joined(slot, Request(slot, tokens, sampling, room), tokens, 0, self._blocks(slot, width))
+            for slot in range(count)
+        ]
+        self._decode = DecodeBatch(tuple(j.request for j in self._joined), tuple(range(count)))
+        self._has_joined = False
+
+    @staticmethod
+    def _blocks(slot: int, width: int) -> list[int]:
+        return list(range(slot * width, (slot + 1) * width))
+
+    def prefill(self, start: int = 0) -> float:
+        """Compute tokens [start, known) of every request in one step, as if the KV before them
+        were there, and sample; returns the step's seconds on the device."""
+        plan = StepPlan(0)
+        if not self._has_joined:
+            plan.joined, self._has_joined = self._joined, True
+        count = self._known - start
+        plan.chunks = [Chunk(j.slot, start, count, samples=True) for j in self._joined]
+        return self._run(plan)
+
+    def decode(self) -> float:
+        """One token for every request; returns the step's seconds on the device."""
+        return self._run(StepPlan(0, decode=self._decode))
+
+    def leave(self) -> None:
+        """Give the slots back."""
+        self._run(StepPlan(0, left=[j.slot for j in self._joined]))
+
+    def _run(self, plan: StepPlan) -> float:
+        return self._executor.collect(self._executor.submit(plan)).device_s
+
+
+def warm_up(executor: TorchExecutor) -> None:
+    """One prompt, then two tokens for it, then the sampler's every stage: what is built or tuned
+    at first use is then ready."""
+    shape = executor.shape
+    known = min(WARM_UP_TOKENS, shape.max_step_tokens, shape.max_model_len - 2)
+    for sampling in (GREEDY, SAMPLED):
+        trial = TrialRequests(executor, 1, known, 2, sampling)
+        trial.prefill()
+        trial.decode()
+        trial.decode()
+        trial.leave()
+
+
+def run_largest_step(executor: TorchExecutor) -> None:
+    """The step that needs most memory besides attention over long contexts: as many tokens as fit,
+    in as many requests, all sampled with every filter."""
+    shape = executor.shape
+    count = shape.max_slots
+    known = max(shape.max_step_tokens // count, 1)
+    trial = TrialRequests(executor, count, known, 1, SAMPLED)
+    trial.prefill()
+    trial.leave()
+
+
+def measure_swap_costs(executor: TorchExecutor) -> SwapCosts:
+    """Time copies of a block each way and the recomputation of a token, for the choice between
+    saving a preempted request and computing it again. Defaults where there is no host pool."""
+    if executor.transfer is None:
+        return SwapCosts()
+    times = executor.transfer.measure()
+    return SwapCosts(times.out_s, times.in_s, _recompute_seconds(executor))
+
+
+def _recompute_seconds(executor: TorchExecutor) -> float:
+    """Seconds a prompt token takes in a chunk as large as a step allows, the best of two."""
+    shape = executor.shape
+    known = min(
+        shape.max_step_tokens, shape.max_model_len - 1, shape.num_device_blocks * shape.block_size - 1
+    )
+    trial = TrialRequests(executor, 1, known, 1)
+    start = time.perf_counter()
+    best = trial.prefill()
+    if time.perf_counter() - start < 1.0:
+        best = min(best, trial.prefill())
+    trial.leave()
+    return best / known
