@@ -86,8 +86,8 @@ class EngineLoop:
         self._rejected: list[Rejection] = []
         self._blocked = False
         self._subscribers: tuple[Subscriber, ...] = ()
-        self._idle = threading.Event()
-        self._ended = threading.Event()
+        self.drained: Future[None] = Future()  # set once it drains and has no request, or has ended
+        self.ended: Future[LoopState] = Future()  # FAILED or STOPPED
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -131,25 +131,20 @@ class EngineLoop:
         return done
 
     def drain(self) -> None:
-        """Take no more requests; those here run to their end. See `wait_drained`."""
+        """Take no more requests; those here run to their end, then `drained` is set."""
         with self._condition:
             if self._state is LoopState.RUNNING:
                 self._state = LoopState.DRAINING
             self._condition.notify()
 
-    def wait_drained(self, timeout: float | None = None) -> bool:
-        """Wait until a draining loop has no request left (or has ended). False on timeout."""
-        return self._idle.wait(timeout)
-
-    def stop(self, timeout: float | None = None) -> bool:
-        """End the loop after the step under way. Requests still here finish with ABORT.
-        Returns whether the thread ended within `timeout` seconds."""
+    def stop(self) -> None:
+        """End the loop after the step under way; requests still here finish with ABORT. Does not
+        wait: `ended` is set when all is done."""
         with self._condition:
-            self._stopping = True
+            first, self._stopping = not self._stopping, True
             self._condition.notify()
-        if self._thread.ident is None:
+        if first and self._thread.ident is None:  # never started
             self._finish(LoopState.STOPPED, FinishReason.ABORT)
-        return self._ended.wait(timeout)
 
     def _unsubscribe(self, subscriber: Subscriber) -> None:
         with self._condition:
@@ -187,8 +182,8 @@ class EngineLoop:
                     break
                 if self._core.has_work:
                     break
-                if self._state is LoopState.DRAINING:
-                    self._idle.set()
+                if self._state is LoopState.DRAINING and not self.drained.done():
+                    self.drained.set_result(None)
                 self._condition.wait()
             if self._stopping:
                 return None
@@ -200,9 +195,8 @@ class EngineLoop:
         for request in output.finished:
             self._live.pop(request.request_id, None)
         steps_before, self._load = self._load.step, self._core.load()
-        self._blocked = (
-            self._core.has_work and self._load.step == steps_before and not (output.requests or output.finished)
-        )
+        moved = self._load.step != steps_before or bool(output.requests or output.finished)
+        self._blocked = self._core.has_work and not moved
         rejected, self._rejected = self._rejected, []
         if output.requests or output.finished or rejected:
             self._deliver(LoopOutput(output, self._load, rejected))
@@ -252,8 +246,9 @@ class EngineLoop:
             self._core.close()
         except Exception:
             log.exception("the executor did not close cleanly")
-        self._idle.set()
-        self._ended.set()
+        if not self.drained.done():
+            self.drained.set_result(None)
+        self.ended.set_result(state)
 
     def _refuse(self, command: Callable[[], None]) -> None:
         """Answer a command that came too late to be carried out."""

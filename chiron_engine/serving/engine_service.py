@@ -22,7 +22,7 @@ import grpc.aio
 from chiron_engine.core.engine_core import EngineLoad
 from chiron_engine.core.requests import InvalidRequest, QueueFull, build_request
 from chiron_engine.policy.iteration.request import FinishReason, Request, SamplingParams, Slo, SloClass
-from chiron_engine.rpc.errors import RpcFailure, invalid_argument, unavailable
+from chiron_engine.rpc.errors import exhausted, invalid_argument, unavailable
 from chiron_engine.rpc.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from chiron_engine.rpc.wire import sampling_fields, slo_fields
 
@@ -40,6 +40,7 @@ FINISH_REASONS = {
     FinishReason.ERROR: types_pb2.FINISH_REASON_ERROR,
 }
 ENGINE_FAILED = "the engine failed"
+FLUSH_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,11 @@ class Stream:
     rejected: list[engine_pb2.Rejected] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False
+    is_writing: bool = False
+
+    @property
+    def has_output(self) -> bool:
+        return self.is_writing or bool(self.tokens or self.finished or self.rejected)
 
     def reject(
         self, handle: int, code: grpc.StatusCode, message: str, retry_after_ms: int | None = None
@@ -109,6 +115,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._loop: EngineLoop | None = None
         self._description = EngineDescription("", "", "", ())
         self._streams: set[Stream] = set()
+        self._closing = False
         self._request_ids = itertools.count(1)
         self._seeds = random.Random()
         self._outputs: deque[LoopOutput] = deque()
@@ -129,7 +136,18 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         for stream in self._streams:
             stream.ready.set()
 
-    def detach(self) -> None:
+    async def flush(self, timeout: float) -> None:
+        """Wait until the streams have written all that was produced so far."""
+        deadline = self._now() + timeout
+        while any(s.has_output for s in self._streams) and self._now() < deadline:
+            await asyncio.sleep(FLUSH_POLL_S)
+
+    async def close(self, timeout: float) -> None:
+        """Write what is left, then end every stream with UNAVAILABLE."""
+        await self.flush(timeout)
+        self._closing = True
+        for stream in self._streams:
+            stream.ready.set()
         if self._loop is not None:
             self._unsubscribe()
 
@@ -140,7 +158,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if self._loop is None:
             return status
         load = self._loop.load
-        status.step = max(load.step, 0)
+        status.step = load.step
         status.load.CopyFrom(self._wire_load(load))
         status.free_host_blocks = load.free_host_blocks
         status.total_host_blocks = load.total_host_blocks
@@ -186,13 +204,16 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             stream.ready.clear()
             if stream.closed:
                 return
+            if self._closing:
+                raise unavailable("the engine is shut down", "draining")
             if len(stream.tokens) > MAX_PENDING_TOKENS:
-                raise RpcFailure(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"the stream is read too slowly: over {MAX_PENDING_TOKENS} tokens wait",
+                raise exhausted(
+                    f"the stream is read too slowly: over {MAX_PENDING_TOKENS} tokens wait", "slow_reader"
                 )
             load = loop.load
-            await context.write(stream.take(self._wire_load(load), max(load.step, 0)))
+            stream.is_writing = True
+            await context.write(stream.take(self._wire_load(load), load.step))
+            stream.is_writing = False
 
     def _submit(self, submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop) -> None:
         if submit.handle in stream.request_ids:
@@ -264,6 +285,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             origin = _origin(rejection.request)
             origin.stream.reject(origin.handle, *_refusal(rejection))
 
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
     def _phase(self) -> str:
         if self._loop is not None and self._loop.state is not LoopState.RUNNING:
             return self._loop.state.value
@@ -271,9 +296,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
     def _ready_loop(self) -> EngineLoop:
         if self._loop is None:
-            raise unavailable(f"the engine is loading ({self.phase})")
+            raise unavailable(f"the engine is loading ({self.phase})", "model_loading")
         if self._loop.state is not LoopState.RUNNING:
-            raise unavailable(f"the engine takes no requests: it is {self._loop.state.value}")
+            state = self._loop.state.value
+            raise unavailable(f"the engine takes no requests: it is {state}", state)
         return self._loop
 
     def _hello(self, loop: EngineLoop) -> engine_pb2.Hello:

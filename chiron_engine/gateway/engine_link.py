@@ -1,0 +1,245 @@
+"""One Connect stream to one engine: submits and aborts out, tokens in, reconnecting when it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+import grpc.aio
+
+from chiron_engine.rpc.options import channel_options
+from chiron_engine.rpc.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+
+from .token_stream import TokenStream
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 0.05
+LONGEST_RETRY_S = 2.0
+# An engine message may hold many prompts; this keeps it well under the message limit.
+MAX_COMMAND_TOKENS = 1 << 19
+# What a waiting prompt token weighs beside a request that decodes: about 500 prompt tokens cost an
+# engine what one more request costs over its life.
+PROMPT_TOKENS_PER_REQUEST = 512
+
+
+class EngineLink:
+    """Keeps one engine connected. Use from one event loop only.
+
+    on_change: called whenever `is_ready` may have changed.
+    """
+
+    def __init__(self, address: str, on_change: Callable[[], None] = lambda: None) -> None:
+        self.address = address
+        self.hello: engine_pb2.Hello | None = None  # of the last connection
+        self.load = engine_pb2.EngineLoad()
+        self._on_change = on_change
+        self._connected = False
+        self._streams: dict[int, TokenStream] = {}
+        self._handles = itertools.count(1)
+        self._prompt_tokens_waiting = 0
+        self._submits: list[engine_pb2.Submit] = []
+        self._aborts: list[int] = []
+        self._unsent = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._connected and not self.load.draining
+
+    @property
+    def outstanding(self) -> float:
+        """Work that this gateway, or the engine as it last said, has before it; in requests."""
+        requests = max(len(self._streams), self.load.running + self.load.waiting)
+        return requests + self._prompt_tokens_waiting / PROMPT_TOKENS_PER_REQUEST
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep_connected(), name=f"engine-link {self.address}")
+
+    async def close(self) -> None:
+        """Drop the connection; the engine aborts what came over it."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: types_pb2.SamplingParams,
+        slo: types_pb2.Slo,
+        request_id: str,
+    ) -> TokenStream:
+        """Start a request. It is lost at once where the engine is not connected."""
+        stream = TokenStream(next(self._handles), len(prompt_ids), self._abort)
+        if not self._connected:
+            stream.lose()
+            return stream
+        self._streams[stream.handle] = stream
+        self._prompt_tokens_waiting += stream.prompt_tokens
+        self._submits.append(
+            engine_pb2.Submit(
+                handle=stream.handle,
+                prompt_token_ids=prompt_ids,
+                sampling=sampling,
+                slo=slo,
+                request_id=request_id,
+            )
+        )
+        self._unsent.set()
+        return stream
+
+    def _abort(self, stream: TokenStream) -> None:
+        if stream.handle in self._streams:
+            self._aborts.append(stream.handle)
+            self._unsent.set()
+
+    async def _keep_connected(self) -> None:
+        retry_s = FIRST_RETRY_S
+        while True:
+            was_connected = await self._connect_once()
+            retry_s = FIRST_RETRY_S if was_connected else min(retry_s * 2, LONGEST_RETRY_S)
+            await asyncio.sleep(retry_s * random.uniform(0.8, 1.2))
+
+    async def _connect_once(self) -> bool:
+        """One connection, to its end. Returns whether the engine greeted us."""
+        # A pool of its own, or a new channel would wait out the old one's reconnection backoff.
+        options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
+        greeted = False
+        try:
+            async with grpc.aio.insecure_channel(self.address, options=options) as channel:
+                call = engine_pb2_grpc.EngineStub(channel).Connect()
+                event = await call.read()
+                if event is grpc.aio.EOF:
+                    return False
+                greeted = True
+                self._greet(event.hello)
+                await self._exchange(call)
+        except grpc.aio.AioRpcError as error:
+            log.log(
+                logging.WARNING if greeted else logging.DEBUG,
+                "engine %s: %s: %s",
+                self.address,
+                error.code().name,
+                error.details(),
+            )
+        finally:
+            self._lose_all()
+        return greeted
+
+    def _greet(self, hello: engine_pb2.Hello) -> None:
+        self.hello = hello
+        self.load = hello.load
+        self._connected = True
+        log.info("engine %s is ready: %s, boot %s", self.address, hello.model, hello.boot_id)
+        self._on_change()
+
+    async def _exchange(self, call: grpc.aio.StreamStreamCall) -> None:
+        sender = asyncio.create_task(self._send(call))
+        try:
+            while (event := await call.read()) is not grpc.aio.EOF:
+                self._receive(event.output)
+        finally:
+            sender.cancel()
+            call.cancel()
+
+    async def _send(self, call: grpc.aio.StreamStreamCall) -> None:
+        while True:
+            await self._unsent.wait()
+            try:
+                await call.write(self._next_command())
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return  # the reader learns the reason
+
+    def _next_command(self) -> engine_pb2.EngineCommand:
+        """All that waits, but no more prompts than one message should hold."""
+        count, tokens = 0, 0
+        for submit in self._submits:
+            tokens += len(submit.prompt_token_ids)
+            if count and tokens > MAX_COMMAND_TOKENS:
+                break
+            count += 1
+        submits, self._submits = self._submits[:count], self._submits[count:]
+        if self._submits:  # aborts stay behind the submits they may name
+            return engine_pb2.EngineCommand(submits=submits)
+        aborts, self._aborts = self._aborts, []
+        self._unsent.clear()
+        return engine_pb2.EngineCommand(submits=submits, aborts=aborts)
+
+    def _receive(self, output: engine_pb2.StepOutput) -> None:
+        now = time.monotonic()
+        streams = self._streams
+        for handle, token in zip(output.handles, output.token_ids, strict=True):
+            stream = streams.get(handle)
+            if stream is None:
+                continue
+            if stream.times.count == 0:
+                self._prompt_tokens_waiting -= stream.prompt_tokens
+            stream.push(token, now)
+        for finished in output.finished:
+            if (stream := self._forget(finished.handle)) is not None:
+                stream.finish(finished)
+        for rejected in output.rejected:
+            if (stream := self._forget(rejected.handle)) is not None:
+                stream.reject(rejected)
+        was_draining, self.load = self.load.draining, output.load
+        if was_draining != self.load.draining:
+            self._on_change()
+
+    def _forget(self, handle: int) -> TokenStream | None:
+        stream = self._streams.pop(handle, None)
+        if stream is not None and stream.times.count == 0:
+            self._prompt_tokens_waiting -= stream.prompt_tokens
+        return stream
+
+    def _lose_all(self) -> None:
+        self._connected = False
+        streams, self._streams = self._streams, {}
+        self._submits, self._aborts = [], []
+        self._unsent.clear()
+        self._prompt_tokens_waiting = 0
+        for stream in streams.values():
+            stream.lose()
+        self._on_change()
+
+
+class EnginePool:
+    """The links to all engines, and the choice among them."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._listeners: list[Callable[[], None]] = []
+        self.links = [EngineLink(address, self._changed) for address in addresses]
+
+    @property
+    def ready(self) -> list[EngineLink]:
+        return [link for link in self.links if link.is_ready]
+
+    @property
+    def hello(self) -> engine_pb2.Hello | None:
+        """What an engine said of the model; all engines of a pool serve the same one."""
+        known = [link.hello for link in self.links if link.hello is not None]
+        return known[0] if known else None
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        self._listeners.append(listener)
+
+    def start(self) -> None:
+        for link in self.links:
+            link.start()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(link.close() for link in self.links))
+
+    def least_loaded(self, excluded: Sequence[EngineLink] = ()) -> EngineLink | None:
+        """The ready engine with the least outstanding work; ties go to any of them."""
+        candidates = [link for link in self.ready if link not in excluded]
+        return min(candidates, key=lambda link: (link.outstanding, random.random()), default=None)
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()

@@ -1,0 +1,171 @@
+"""One request on one engine: from its tokens to the chunks the client reads."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from chiron_engine.rpc.errors import RpcFailure, exhausted, unavailable
+from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, types_pb2
+
+from .engine_link import EngineLink
+from .output_text import OutputText
+from .text import ModelText
+from .token_stream import TokenStream
+
+# A client that takes no byte for this long has its request aborted.
+WRITE_TIMEOUT_S = 60.0
+# How long to wait for the engine's last word on a request that a stop string ended.
+STOP_REPORT_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A checked request, as an engine takes it."""
+
+    token_ids: list[int]
+    sampling: types_pb2.SamplingParams
+    slo: types_pb2.Slo
+    stops: list[str]
+
+
+class Generation:
+    """Submits on construction; `run` streams to the client; `abort` may come at any time."""
+
+    def __init__(
+        self, prompt: Prompt, request_id: str, received: float, text: ModelText, link: EngineLink
+    ) -> None:
+        """received: when the request came in, on `time.monotonic`."""
+        self._request_id = request_id
+        self._received = received
+        self._prompt_tokens = len(prompt.token_ids)
+        self._completion_tokens = 0
+        self._text = OutputText(text.detokenizer(), prompt.stops)
+        self._stream = link.submit(prompt.token_ids, prompt.sampling, prompt.slo, request_id)
+        self._aborted = False
+
+    def abort(self) -> None:
+        """End the request in the engine, if it has not ended there."""
+        self._aborted = True
+        self._stream.abort()
+
+    async def run(
+        self, context: grpc.aio.ServicerContext, on_first_token: Callable[[], None]
+    ) -> engine_pb2.Rejected | None:
+        """Stream every chunk. Returns the refusal where the engine does not take the request, which
+        is then free to go elsewhere. Raises RpcFailure."""
+        stream = self._stream
+        while True:
+            tokens = await stream.next()
+            if tokens:
+                on_first_token()
+            if stream.overflowed:
+                raise exhausted("the output is read too slowly; the request was ended", "slow_reader", None)
+            chunk = self._chunk(tokens, stream)
+            if self._text.is_stopped:
+                await self._end_at_stop_string(chunk, context)
+                return None
+            if stream.rejected is not None:
+                return stream.rejected
+            if stream.has_ended:
+                await self._end(chunk, context)
+                return None
+            if chunk.token_ids:
+                await _write(context, chunk)
+
+    def _chunk(self, tokens: list[int], stream: TokenStream) -> inference_pb2.GenerateChunk:
+        """Tokens up to a stop string. The token with which the engine stopped is an id, not text."""
+        ends_with_stop_token = (
+            stream.finished is not None and stream.finished.reason == types_pb2.FINISH_REASON_STOP
+        )
+        shown = len(tokens) - 1 if ends_with_stop_token else len(tokens)
+        pieces, taken = [], 0
+        for place, token in enumerate(tokens):
+            taken += 1
+            if place < shown:
+                pieces.append(self._text.feed(token))
+            if self._text.is_stopped:
+                break
+        self._completion_tokens += taken
+        return inference_pb2.GenerateChunk(
+            request_id=self._request_id, text="".join(pieces), token_ids=tokens[:taken]
+        )
+
+    async def _end_at_stop_string(
+        self, chunk: inference_pb2.GenerateChunk, context: grpc.aio.ServicerContext
+    ) -> None:
+        """The text goes out at once; the last chunk waits for the engine's counters, a step away."""
+        self._stream.abort()
+        if chunk.text or chunk.token_ids:
+            await _write(context, chunk)
+        try:
+            async with asyncio.timeout(STOP_REPORT_TIMEOUT_S):
+                await self._stream.wait_ended()
+        except TimeoutError:
+            pass  # the counters of the last chunk stay 0
+        last = inference_pb2.GenerateChunk(request_id=self._request_id)
+        await self._write_last(last, types_pb2.FINISH_REASON_STOP, context)
+
+    async def _end(self, chunk: inference_pb2.GenerateChunk, context: grpc.aio.ServicerContext) -> None:
+        """The stream has ended, well or badly. What came before a failure is still delivered."""
+        finished = self._stream.finished
+        failure = self._failure(finished)
+        if failure is not None:
+            if chunk.token_ids:
+                await _write(context, chunk)
+            raise failure
+        assert finished is not None  # `_failure` speaks up otherwise
+        chunk.text += self._text.finish()
+        reason = types_pb2.FINISH_REASON_STOP if self._text.is_stopped else finished.reason
+        await self._write_last(chunk, reason, context)
+
+    def _failure(self, finished: engine_pb2.Finished | None) -> RpcFailure | None:
+        if finished is None:
+            return unavailable("the engine that served this request was lost; send it again", "engine_lost")
+        if finished.reason == types_pb2.FINISH_REASON_ERROR:
+            return unavailable("the engine failed on this request; send it again", "engine_lost")
+        if finished.reason == types_pb2.FINISH_REASON_ABORT and not self._aborted:
+            return unavailable("the engine was shut down before the request ended", "draining")
+        return None
+
+    async def _write_last(
+        self,
+        chunk: inference_pb2.GenerateChunk,
+        reason: types_pb2.FinishReason,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        finished = self._stream.finished or engine_pb2.Finished()
+        chunk.finish_reason = reason
+        chunk.usage.prompt_tokens = self._prompt_tokens
+        chunk.usage.completion_tokens = self._completion_tokens
+        chunk.usage.cached_tokens = finished.cached_tokens
+        chunk.timing.CopyFrom(self._timing(finished))
+        await _write(context, chunk)
+
+    def _timing(self, finished: engine_pb2.Finished) -> inference_pb2.Timing:
+        times = self._stream.times
+        gaps = max(1, times.count - 1)
+        return inference_pb2.Timing(
+            ttft_ms=(times.first - self._received) * 1e3 if times.count else 0.0,
+            mean_itl_ms=(times.last - times.first) / gaps * 1e3,
+            max_itl_ms=times.longest_gap * 1e3,
+            total_ms=(time.monotonic() - self._received) * 1e3,
+            queue_ms=finished.queue_s * 1e3,
+            preemptions=finished.preemptions,
+        )
+
+
+async def _write(context: grpc.aio.ServicerContext, chunk: inference_pb2.GenerateChunk) -> None:
+    """Waits while the client does not read, but not for ever."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await context.write(chunk)
+    except TimeoutError:
+        raise exhausted(
+            f"the client read nothing for {WRITE_TIMEOUT_S:.0f} s; the request was ended", "slow_reader", None
+        ) from None

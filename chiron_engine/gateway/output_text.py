@@ -1,0 +1,26 @@
+"""Tokens of one request to the text its client sees: detokenised, and ended at a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .detokenizer import Detokenizer
+from .stop_strings import StopStrings
+
+
+class OutputText:
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stops)
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string came; nothing after it is shown."""
+        return self._stops.matched is not None
+
+    def feed(self, token_id: int) -> str:
+        return self._stops.feed(self._detokenizer.feed(token_id))
+
+    def finish(self) -> str:
+        """What was held back, unless a stop string ends in it."""
+        return self._stops.feed(self._detokenizer.finish()) + self._stops.finish()

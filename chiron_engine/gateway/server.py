@@ -1,0 +1,130 @@
+"""The gateway: the Inference service and its links to engines, put together and run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import grpc.aio
+
+from chiron_engine.config import GatewayConfig
+from chiron_engine.rpc.client import INFERENCE_SERVICE
+from chiron_engine.rpc.port import bind
+from chiron_engine.rpc.server import Health, create_server, enable_reflection
+from chiron_engine.rpc.shutdown import Shutdown
+from chiron_engine.rpc.v1 import inference_pb2_grpc
+
+from .engine_link import EnginePool
+from .inference_service import InferenceService
+from .text import ModelText
+
+log = logging.getLogger(__name__)
+
+CLOSE_GRACE_S = 2.0
+
+
+class Gateway:
+    """A gateway to be put on any server: its own (`serve_gateway`) or an engine's.
+
+    Its health is SERVING while an engine is ready and it does not drain.
+    """
+
+    services = (INFERENCE_SERVICE,)
+
+    def __init__(
+        self, text: ModelText, model_name: str, engines: Sequence[str], max_queued_requests: int = 1024
+    ) -> None:
+        """engines: their `host:port` addresses. model_name: the name clients see."""
+        self.pool = EnginePool(engines)
+        self._service = InferenceService(text, model_name, self.pool, max_queued_requests)
+        self._changed = asyncio.Event()
+        self._draining = False
+        self._health_task: asyncio.Task[None] | None = None
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        inference_pb2_grpc.add_InferenceServicer_to_server(self._service, server)
+
+    def start(self, health: Health, services: Sequence[str] = services) -> None:
+        """Connect to the engines; from now on `services` follow this gateway's readiness."""
+        self.pool.on_change(self._changed.set)
+        self._health_task = asyncio.create_task(self._follow_health(health, services))
+        self.pool.start()
+
+    @property
+    def is_ready(self) -> bool:
+        return not self._draining and bool(self.pool.ready)
+
+    async def wait_ready(self) -> None:
+        ready = asyncio.Event()
+        self.pool.on_change(ready.set)
+        while not self.is_ready:
+            await ready.wait()
+            ready.clear()
+
+    async def drain(self) -> None:
+        """Refuse new requests; return when those here have ended."""
+        self._draining = True
+        self._changed.set()
+        await self._service.drain()
+
+    async def close(self) -> None:
+        """Drop the links; engines abort what is left."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+        await self.pool.close()
+        self._service.close()
+
+    async def _follow_health(self, health: Health, services: Sequence[str]) -> None:
+        while True:
+            self._changed.clear()
+            await health.set_serving(self.is_ready, services)
+            await self._changed.wait()
+
+
+async def serve_gateway(
+    config: GatewayConfig,
+    text: ModelText,
+    model_name: str,
+    engines: Sequence[str],
+    *,
+    shutdown: Shutdown | None = None,
+    on_ready: Callable[[int], None] = lambda port: None,
+) -> None:
+    """Run a gateway process until it is asked to stop, then drain it.
+
+    on_ready: called once, with the port, when the first engine is ready; until then the server
+    answers, with UNAVAILABLE. shutdown: without one, SIGTERM and SIGINT are handled here.
+    Raises PortInUse or BindError at once where the port cannot be had.
+    """
+    if shutdown is None:
+        shutdown = Shutdown(config.drain_timeout_s)
+        shutdown.install()
+    server = create_server(config.max_message_bytes)
+    gateway = Gateway(text, model_name, engines, config.max_queued_requests)
+    gateway.add_to(server)
+    health = Health(server)
+    everything = ("", *gateway.services)
+    await health.set_serving(False, everything)
+    if config.reflection:
+        enable_reflection(server, gateway.services)
+    port = bind(server, config.host, config.grpc_port)
+    await server.start()
+    gateway.start(health, everything)
+    ready = asyncio.create_task(_report_ready(gateway, port, on_ready))
+    try:
+        await shutdown.drain.wait()
+        log.info("draining: no new requests; %g s for those running", config.drain_timeout_s)
+        drained = asyncio.create_task(gateway.drain())
+        if not await shutdown.wait_drained(drained):
+            log.warning("not drained in time; the requests left end with an error")
+    finally:
+        ready.cancel()
+        await gateway.close()
+        await server.stop(CLOSE_GRACE_S)
+        shutdown.finished()
+
+
+async def _report_ready(gateway: Gateway, port: int, on_ready: Callable[[int], None]) -> None:
+    await gateway.wait_ready()
+    on_ready(port)
