@@ -53,6 +53,12 @@ class BlockPool:
         """Take `count` blocks, each held once. Raises OutOfBlocks and takes none if too few are free."""
         if count > self.num_free:
             raise OutOfBlocks(f"{count} blocks asked for, {self.num_free} of {self.num_blocks} free")
+        if count <= len(self._blank):
+            taken = self._blank[len(self._blank) - count :]
+            del self._blank[len(self._blank) - count :]
+            for block in taken:
+                self._count[block] = 1
+            return taken
         return [self.take() for _ in range(count)]
 
     def take(self) -> int:
@@ -77,8 +83,9 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def is_held(self, block: int) -> bool:
-        return self._count[block] > 0
+    def count_cached(self, blocks: Iterable[int]) -> int:
+        """How many of these found blocks nobody holds: acquiring them makes them no longer free."""
+        return sum(1 for block in blocks if self._count[block] == 0)
 
     def acquire(self, blocks: Iterable[int]) -> None:
         """Hold found blocks once more; a cached one is safe from being given away from here on."""
@@ -90,14 +97,15 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Give up one hold on each block. The last block of a table is given away first: a prefix
         without its tail is still useful, a tail without its prefix is not."""
+        counts, keys = self._count, self._key
         for block in reversed(blocks):
-            count = self._count[block] - 1
+            count = counts[block] - 1
             if count < 0:
                 raise ValueError(f"block {block} is released more often than it is held")
-            self._count[block] = count
+            counts[block] = count
             if count > 0:
                 continue
-            if self._key[block] is None:
+            if keys[block] is None:
                 self._blank.append(block)
             else:
                 self._cached[block] = None
@@ -138,12 +146,13 @@ class BlockPool:
 
 def chain_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Key of a full block: a 128-bit hash of its tokens and of the key before it."""
-    return blake2b(array("I", tokens).tobytes(), digest_size=KEY_BYTES, key=parent).digest()
+    values = tokens if isinstance(tokens, array) else array("I", tokens)
+    return blake2b(parent + values.tobytes(), digest_size=KEY_BYTES).digest()
 
 
 def private_key(parent: bytes, request_id: int, index: int) -> bytes:
     """Key of a block whose tokens are unknown or must not be shared: only its request finds it."""
-    return blake2b(b"%d:%d" % (request_id, index), digest_size=KEY_BYTES, key=parent).digest()
+    return blake2b(parent + b"%d:%d" % (request_id, index), digest_size=KEY_BYTES, person=b"private").digest()
 
 
 def root_key(salt: bytes) -> bytes:

@@ -63,9 +63,9 @@ class KvTiers:
         usable = (known - 1) // self.block_size
         self.extend_keys(request, usable * self.block_size)
         device = self.device.find(request.block_keys, 0, usable)
-        host = self.host.find(request.block_keys, len(device), usable)
+        host = self.host.find(request.block_keys, len(device), usable) if self.host.num_blocks else []
         total = self.blocks_for(known)
-        revived = sum(1 for block in device if not self.device.is_held(block))
+        revived = self.device.count_cached(device) if device else 0
         return Placement(device, host, total - len(device) - len(host), total - len(device) + revived)
 
     def enter(self, request: Request, placement: Placement) -> list[BlockCopy]:
@@ -78,10 +78,12 @@ class KvTiers:
         # The sources stay pinned until the plan is complete: a later eviction in the same plan
         # copies out before these copies in are made.
         self._arriving += placement.host
-        self.host.release(request.host_blocks)
-        request.host_blocks = []
+        if request.host_blocks:
+            self.host.release(request.host_blocks)
+            request.host_blocks = []
         computed = (len(placement.device) + len(placement.host)) * self.block_size
-        self.seal(request, len(placement.device) * self.block_size, computed)
+        if copies:
+            self.seal(request, len(placement.device) * self.block_size, computed)
         return copies
 
     def settle(self) -> None:
@@ -103,8 +105,10 @@ class KvTiers:
     def seal(self, request: Request, start: int, end: int) -> None:
         """Tokens [start, end) are computed as of this step: make the blocks they fill findable."""
         self.extend_keys(request, end)
-        for index in range(start // self.block_size, end // self.block_size):
-            self.device.seal(request.blocks[index], request.block_keys[index])
+        first, last = start // self.block_size, end // self.block_size
+        keys, blocks = request.block_keys, request.blocks
+        for index in range(first, last):
+            self.device.seal(blocks[index], keys[index])
 
     def evict(self, request: Request, computed: int) -> list[BlockCopy]:
         """Give up the device blocks of a request with `computed` tokens of KV, having saved the full
@@ -146,7 +150,10 @@ class KvTiers:
     def extend_keys(self, request: Request, tokens: int) -> None:
         """Extend the hash chain over the full blocks of the first `tokens` tokens."""
         keys = request.block_keys
-        for index in range(len(keys), tokens // self.block_size):
+        full = tokens // self.block_size
+        if len(keys) >= full:
+            return
+        for index in range(len(keys), full):
             parent = keys[-1] if keys else root_key(request.cache_salt)
             values = self._values(request, index) if self._prefix_caching else None
             if values is None:

@@ -65,6 +65,8 @@ class Scheduler:
                 f"prompt of {len(request.prompt_ids)} and max_tokens of {request.max_tokens} need {most} "
                 f"KV blocks; the engine has {self.tiers.device.num_blocks}"
             )
+        # Hashed here, once, so that no step pays for it.
+        self.tiers.extend_keys(request, len(request.prompt_ids))
         self.waiting.push(request)
         self._head_is_blocked = False
 
@@ -167,12 +169,14 @@ class Scheduler:
         """A slot is free, the blocks are there with some to spare, and so is the predicted peak."""
         if len(self.running) >= self.limits.max_running or not self._free_slots:
             return False
+        request.promised_blocks = self._blocks_to_expect(request)
+        free = self.tiers.device.num_free
         if not self.running:
-            return placement.free_needed <= self.tiers.device.num_free
-        if placement.free_needed + self._watermark > self.tiers.device.num_free:
+            return placement.free_needed <= free
+        if placement.free_needed + self._watermark > free:
             return False
         capacity = self.tiers.device.num_blocks
-        if self._promised_blocks + self._blocks_to_expect(request) <= capacity:
+        if self._promised_blocks + request.promised_blocks <= capacity:
             return True
         return self._predicted_peak(request) <= capacity * self.tiers.block_size
 
@@ -191,7 +195,6 @@ class Scheduler:
         )
 
     def _join(self, request: Request, placement: Placement, known: int, plan: StepPlan, now: float) -> None:
-        request.promised_blocks = self._blocks_to_expect(request)
         self._promised_blocks += request.promised_blocks
         plan.copies_in += self.tiers.enter(request, placement)
         computed = (len(placement.device) + len(placement.host)) * self.tiers.block_size
