@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Offline throughput: N requests of random prompt ids at once, through the engine core in process.
+
+Prints JSON: output tokens/s, TTFT percentiles, step times and the share of time spent outside the
+executor. `--peer vllm` runs vLLM's CPU build on the same load in a virtual environment of its own,
+taking turns with the engine, and adds the ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from chiron_engine.config import EngineConfig
+from chiron_engine.core.engine_core import EngineCore
+from chiron_engine.core.requests import build_request
+from chiron_engine.core.step_stats import StepStats, percentile
+from chiron_engine.policy.iteration.request import Request, SamplingParams
+from chiron_engine.runtime.build import build_executor
+from chiron_engine.runtime.torch_executor import TorchExecutor
+
+
+@dataclass(slots=True)
+class Run:
+    """One pass over the load. Times in seconds unless named otherwise."""
+
+    wall_s: float
+    output_tokens: int
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    ttft_s_p50: float
+    ttft_s_p99: float
+    steps: int
+    step_ms_p50: float
+    step_ms_p99: float
+    decode_step_ms_p50: float
+    outside_executor_share: float
+    outside_executor_share_decode: float
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+def run_once(executor: TorchExecutor, prompts: list[list[int]], output_tokens: int) -> Run:
+    """All requests at once, greedy, ends of sequence ignored, on a fresh core (an empty cache)."""
+    core = EngineCore(executor, max_queued_requests=len(prompts) + 1, max_queued_tokens=1 << 40)
+    steps: list[StepStats] = []
+    core.add_step_hook(lambda stats: steps.append(stats))
+    sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+    start = core.clock.now()
+    requests: list[Request] = []
+    for number, prompt in enumerate(prompts):
+        request = build_request(
+            number, prompt, sampling, shape=core.shape, eos_token_ids=(), draw_seed=lambda: 0, arrival=start
+        )
+        core.add(request)
+        requests.append(request)
+    step_s: list[float] = []
+    while core.has_work:
+        began = time.perf_counter()
+        core.step()
+        step_s.append(time.perf_counter() - began)
+    wall_s = core.clock.now() - start
+    return summarise(requests, steps, step_s, wall_s)
+
+
+def summarise(requests: list[Request], steps: list[StepStats], step_s: list[float], wall_s: float) -> Run:
+    produced = sum(len(r.output_ids) for r in requests)
+    prompts = sum(len(r.prompt_ids) for r in requests)
+    ttft = [r.first_token - r.arrival for r in requests if r.first_token is not None]
+    # With a pipeline the first call of core.step starts two steps, so the lists differ in length by
+    # at most one; shares are of sums.
+    pairs = list(zip(steps, step_s, strict=False))
+    decodes = [(stats, seconds) for stats, seconds in pairs if stats.decode_requests and not stats.prefill_tokens]
+    return Run(
+        wall_s=wall_s,
+        output_tokens=produced,
+        output_tokens_per_s=produced / wall_s,
+        total_tokens_per_s=(produced + prompts) / wall_s,
+        ttft_s_p50=percentile(ttft, 50),
+        ttft_s_p99=percentile(ttft, 99),
+        steps=len(steps),
+        step_ms_p50=percentile(step_s, 50) * 1e3,
+        step_ms_p99=percentile(step_s, 99) * 1e3,
+        decode_step_ms_p50=percentile([seconds for _, seconds in decodes], 50) * 1e3,
+        outside_executor_share=outside_share(pairs),
+        outside_executor_share_decode=outside_share(decodes),
+    )
+
+
+def outside_share(pairs: list[tuple[StepStats, float]]) -> float:
+    """Share of the step time that was neither handing a plan to the executor nor waiting for it."""
+    total = sum(seconds for _, seconds in pairs)
+    inside = sum(stats.submit_s + stats.wait_s for stats, _ in pairs)
+    return 1.0 - inside / total if total else float("nan")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = EngineConfig(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        max_num_seqs=min(arguments.requests, arguments.max_num_seqs),
+        max_num_batched_tokens=max(arguments.max_num_batched_tokens, arguments.requests),
+        threads=arguments.threads,
+        swap_space=0,
+    )
+    started = time.perf_counter()
+    executor, spec = build_executor(config)
+    ready_s = time.perf_counter() - started
+    peer = start_peer(arguments)
+    runs: list[Run] = []
+    peer_rates: list[float] = []
+    for repeat in range(arguments.repeat + 1):
+        prompts = random_prompts(arguments.requests, arguments.prompt_tokens, spec.vocab_size, seed=repeat)
+        run = run_once(executor, prompts, arguments.output_tokens)
+        rate = peer.run(prompts, arguments.output_tokens) if peer is not None else None
+        if repeat == 0:
+            continue  # the first pass of either side warms it up
+        runs.append(run)
+        if rate is not None:
+            peer_rates.append(rate)
+    best = statistics.median(run.output_tokens_per_s for run in runs)
+    result: dict[str, Any] = {
+        "model": spec.name,
+        "dtype": str(executor.model.dtype).removeprefix("torch."),
+        "device": str(executor.device),
+        "requests": arguments.requests,
+        "prompt_tokens": arguments.prompt_tokens,
+        "output_tokens": arguments.output_tokens,
+        "ready_s": ready_s,
+        "output_tokens_per_s": best,
+        "runs": [asdict(run) for run in runs],
+    }
+    if peer is not None:
+        peer.close()
+        peer_best = statistics.median(peer_rates)
+        result["peer"] = {
+            "name": arguments.peer,
+            "version": peer.version,
+            "output_tokens_per_s": peer_best,
+            "runs_output_tokens_per_s": peer_rates,
+            "ratio": best / peer_best,
+        }
+    executor.close()
+    return result
+
+
+def start_peer(arguments: argparse.Namespace) -> Any:
+    if arguments.peer is None:
+        return None
+    from bench_peer_vllm import VllmPeer
+
+    return VllmPeer(arguments.model, arguments.peer_dtype, arguments.max_num_batched_tokens, arguments.requests)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="compute threads; all cores if not given")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512)
+    parser.add_argument("--repeat", type=int, default=1, help="timed passes, after one to warm up")
+    parser.add_argument("--peer", choices=["vllm"], help="measure this engine too, taking turns")
+    parser.add_argument("--peer-dtype", default="bfloat16", help="the dtype the peer runs in")
+    parser.add_argument("--json", default="-", metavar="FILE", help="where the JSON goes; - is stdout")
+    arguments = parser.parse_args()
+    for name in ("requests", "prompt_tokens", "output_tokens", "repeat"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    text = json.dumps(measure(arguments), indent=2)
+    if arguments.json == "-":
+        print(text)
+        return
+    with open(arguments.json, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+    print(f"wrote {arguments.json}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
