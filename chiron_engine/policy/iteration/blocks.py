@@ -53,31 +53,43 @@ class BlockPool:
         """Take `count` blocks, each held once. Raises OutOfBlocks and takes none if too few are free."""
         if count > self.num_free:
             raise OutOfBlocks(f"{count} blocks asked for, {self.num_free} of {self.num_blocks} free")
-        if count <= len(self._blank):
-            taken = self._blank[len(self._blank) - count :]
-            del self._blank[len(self._blank) - count :]
-            for block in taken:
-                self._count[block] = 1
-            return taken
-        return [self.take() for _ in range(count)]
+        blank = self._blank
+        kept = max(0, len(blank) - count)
+        taken = blank[kept:]
+        del blank[kept:]
+        while len(taken) < count:
+            taken.append(self._take_cached())
+        for block in taken:
+            self._count[block] = 1
+        return taken
 
     def take(self) -> int:
         """Take one block: a blank one, else the cached block released longest ago."""
         if self._blank:
             block = self._blank.pop()
         elif self._cached:
-            block, _ = self._cached.popitem(last=False)
-            self._unseal(block)
+            block = self._take_cached()
         else:
             raise OutOfBlocks(f"none of {self.num_blocks} blocks is free")
         self._count[block] = 1
         return block
 
+    def _take_cached(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        key = self._key[block]
+        if key is not None:
+            del self._found[key]
+            self._key[block] = None
+        return block
+
     def find(self, keys: Sequence[bytes], start: int = 0, stop: int | None = None) -> list[int]:
         """Blocks of the longest run of findable keys from `start`; changes nothing."""
         blocks: list[int] = []
+        found = self._found
+        if not found:
+            return blocks
         for index in range(start, len(keys) if stop is None else stop):
-            block = self._found.get(keys[index])
+            block = found.get(keys[index])
             if block is None:
                 break
             blocks.append(block)
@@ -85,7 +97,7 @@ class BlockPool:
 
     def count_cached(self, blocks: Iterable[int]) -> int:
         """How many of these found blocks nobody holds: acquiring them makes them no longer free."""
-        return sum(1 for block in blocks if self._count[block] == 0)
+        return sum([self._count[block] == 0 for block in blocks])
 
     def acquire(self, blocks: Iterable[int]) -> None:
         """Hold found blocks once more; a cached one is safe from being given away from here on."""
@@ -115,12 +127,6 @@ class BlockPool:
         if self._key[block] is None and key not in self._found:
             self._key[block] = key
             self._found[key] = block
-
-    def _unseal(self, block: int) -> None:
-        key = self._key[block]
-        if key is not None:
-            del self._found[key]
-            self._key[block] = None
 
     def check(self, holds: Iterable[Sequence[int]]) -> None:
         """Verify the invariant against `holds`, every table and pin list. For tests: O(blocks)."""

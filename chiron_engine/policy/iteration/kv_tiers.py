@@ -63,27 +63,26 @@ class KvTiers:
         usable = (known - 1) // self.block_size
         self.extend_keys(request, usable * self.block_size)
         device = self.device.find(request.block_keys, 0, usable)
-        host = self.host.find(request.block_keys, len(device), usable) if self.host.num_blocks else []
-        total = self.blocks_for(known)
-        revived = self.device.count_cached(device) if device else 0
-        return Placement(device, host, total - len(device) - len(host), total - len(device) + revived)
+        host = self.host.find(request.block_keys, len(device), usable)
+        missing = self.blocks_for(known) - len(device)
+        return Placement(device, host, missing - len(host), missing + self.device.count_cached(device))
 
     def enter(self, request: Request, placement: Placement) -> list[BlockCopy]:
         """Take the blocks of `placement` as the request's table; returns the copies in it needs."""
-        self.device.acquire(placement.device)
-        self.host.acquire(placement.host)
-        taken = self.device.allocate(len(placement.host) + placement.fresh)
-        request.blocks = placement.device + taken
-        copies = [BlockCopy(d, h) for d, h in zip(taken, placement.host, strict=False)]
-        # The sources stay pinned until the plan is complete: a later eviction in the same plan
-        # copies out before these copies in are made.
-        self._arriving += placement.host
+        found, host = placement.device, placement.host
+        self.device.acquire(found)
+        taken = self.device.allocate(len(host) + placement.fresh)
+        request.blocks = found + taken
+        copies = [BlockCopy(d, h) for d, h in zip(taken, host, strict=False)]
+        if copies:
+            # The sources stay pinned until the plan is complete: a later eviction in the same plan
+            # copies out before these copies in are made.
+            self.host.acquire(host)
+            self._arriving += host
+            self.seal(request, len(found) * self.block_size, (len(found) + len(host)) * self.block_size)
         if request.host_blocks:
             self.host.release(request.host_blocks)
             request.host_blocks = []
-        computed = (len(placement.device) + len(placement.host)) * self.block_size
-        if copies:
-            self.seal(request, len(placement.device) * self.block_size, computed)
         return copies
 
     def settle(self) -> None:
@@ -104,8 +103,10 @@ class KvTiers:
 
     def seal(self, request: Request, start: int, end: int) -> None:
         """Tokens [start, end) are computed as of this step: make the blocks they fill findable."""
-        self.extend_keys(request, end)
         first, last = start // self.block_size, end // self.block_size
+        if first == last:
+            return
+        self.extend_keys(request, end)
         keys, blocks = request.block_keys, request.blocks
         for index in range(first, last):
             self.device.seal(blocks[index], keys[index])

@@ -130,4 +130,6 @@ class Request:
 
     def tokens_at(self, step: int) -> int:
         """Tokens known to the steps planned from `step` on: prompt and outputs."""
-        return len(self.prompt_ids) + self.outputs_at(step)
+        since = self.decode_since
+        tokens = len(self.prompt_ids) + self.num_planned_outputs
+        return tokens if since < 0 else tokens + step - since

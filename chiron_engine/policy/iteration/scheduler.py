@@ -169,20 +169,17 @@ class Scheduler:
         """A slot is free, the blocks are there with some to spare, and so is the predicted peak."""
         if len(self.running) >= self.limits.max_running or not self._free_slots:
             return False
-        request.promised_blocks = self._blocks_to_expect(request)
-        free = self.tiers.device.num_free
+        expected = request.tokens_at(self.step) + self._tokens_to_come(request)
+        request.promised_blocks = self.tiers.blocks_for(expected)
+        spare = self.tiers.device.num_free - placement.free_needed
         if not self.running:
-            return placement.free_needed <= free
-        if placement.free_needed + self._watermark > free:
+            return spare >= 0
+        if spare < self._watermark:
             return False
         capacity = self.tiers.device.num_blocks
         if self._promised_blocks + request.promised_blocks <= capacity:
             return True
         return self._predicted_peak(request) <= capacity * self.tiers.block_size
-
-    def _blocks_to_expect(self, request: Request) -> int:
-        tokens = request.tokens_at(self.step) + self._tokens_to_come(request)
-        return self.tiers.blocks_for(tokens)
 
     def _tokens_to_come(self, request: Request) -> int:
         produced = request.outputs_at(self.step)
