@@ -42,7 +42,9 @@ class Checkpoint:
         file, opened = self._file_of[name]
         found = tuple(opened.get_slice(name).get_shape())
         if found != tuple(shape):
-            raise ModelError(f"{file}: {name} has shape {list(found)}, but config.json asks for {list(shape)}")
+            raise ModelError(
+                f"{file}: {name} has shape {list(found)}, but config.json asks for {list(shape)}"
+            )
         try:
             tensor = opened.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:

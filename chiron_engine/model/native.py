@@ -122,10 +122,11 @@ class LlamaModel:
     ) -> torch.Tensor:
         config = self.config
         qkv = layer.qkv(x).view(x.shape[0], -1, config.head_dim)
-        q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+        qk, v = qkv.split((config.heads + config.kv_heads, config.kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._normalise(q, layer.q_norm), self._normalise(k, layer.k_norm)
-        q, k = rotate(q, angles), rotate(k, angles)
+            q, k = qk.split((config.heads, config.kv_heads), dim=1)
+            qk = torch.cat((self._normalise(q, layer.q_norm), self._normalise(k, layer.k_norm)), dim=1)
+        q, k = rotate(qk, angles).split((config.heads, config.kv_heads), dim=1)
         scale = config.head_dim**-0.5
         attended = self._attention.attend(index, q, k, v, pool, batch, scale, layer.window, None, None)
         return layer.output(attended.flatten(1))

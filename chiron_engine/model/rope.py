@@ -111,13 +111,13 @@ class Rope:
         self._dtype = dtype
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [T, 1, head_dim / 2], for int64 positions [T]; shared by all layers."""
+        """cos and signed sin, each [T, 1, head_dim], for int64 positions [T]; shared by all layers."""
         angle = positions[:, None, None].float() * self._frequencies
-        return (angle.cos() * self._factor).to(self._dtype), (angle.sin() * self._factor).to(self._dtype)
+        cos, sin = angle.cos() * self._factor, angle.sin() * self._factor
+        return torch.cat((cos, cos), -1).to(self._dtype), torch.cat((-sin, sin), -1).to(self._dtype)
 
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """x [T, H, D], element i paired with i + D / 2."""
+    """x [T, H, D], element i paired with i + D / 2: x cos + (other half) (signed sin)."""
     cos, sin = angles
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -1,0 +1,132 @@
+"""Our attention as Hugging Face models call it: through `AttentionInterface`, on packed rows.
+
+The model's modules find the forward pass they belong to in a context variable, set around each
+call of the model.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from chiron_engine.model.attention import AttentionBackend, AttentionBatch
+from chiron_engine.model.errors import ModelError
+from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.spec import LayerGeometry
+
+NAME = "chiron_paged"
+
+# What modules pass along that does not change what causal attention without dropout computes.
+_HARMLESS = {
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "past_key_values",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "layer_idx",
+    "position_embeddings",
+    "logits_to_keep",
+    "deterministic",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer asks of attention, seen on its first call."""
+
+    geometry: LayerGeometry
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+
+class Probe:
+    """A first forward of one token, in which every layer says what it needs. The answer of each
+    is that of attention to itself alone."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerAttention] = {}
+
+    def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **asked: Any) -> Any:
+        index, kind = layer_index(module), type(module).__name__
+        if index in self.layers:
+            raise ModelError(f"{kind} calls attention twice for layer {index}, which is not supported")
+        if v.shape != k.shape:
+            raise ModelError(f"{kind} has keys {list(k.shape)} unlike values {list(v.shape)}")
+        if q.shape[1] % k.shape[1]:
+            raise ModelError(f"{kind} has {q.shape[1]} query heads for {k.shape[1]} key heads")
+        window, softcap, sinks = (asked[name] for name in ("window", "softcap", "sinks"))
+        self.layers[index] = LayerAttention(
+            LayerGeometry(k.shape[1], k.shape[3]), window, softcap, sinks is not None
+        )
+        return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(1, 2)
+
+
+class PagedForward:
+    """One forward pass over the pool. `windows` come from the configuration."""
+
+    def __init__(
+        self,
+        backend: AttentionBackend,
+        batch: AttentionBatch,
+        pool: KvPool,
+        windows: tuple[int | None, ...],
+    ) -> None:
+        self._backend, self._batch, self._pool, self._windows = backend, batch, pool, windows
+
+    def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **asked: Any) -> Any:
+        index = layer_index(module)
+        rows = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]
+        asked["window"] = self._windows[index]
+        return self._backend.attend(index, *rows, self._pool, self._batch, **asked)[None]
+
+
+FORWARD: ContextVar[Probe | PagedForward] = ContextVar("chiron_forward")
+
+
+def paged_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D]; returns ([1, T, Hq, D], None). Raises
+    ModelError for an option that is not implemented."""
+    unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
+    if unknown:
+        raise ModelError(f"{type(module).__name__} asks attention for {unknown[0]}, which is not supported")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None or dropout or not causal:
+        raise ModelError(f"{type(module).__name__} is not plain causal attention, which is not supported")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    out = FORWARD.get().attend(
+        module, query, key, value, scale=float(scaling), window=sliding_window, softcap=softcap, sinks=s_aux
+    )
+    return out, None
+
+
+def layer_index(module: Any) -> int:
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(index, int):
+        raise ModelError(f"{type(module).__name__} has no layer number, which is not supported")
+    return index
+
+
+AttentionInterface.register(NAME, paged_attention)
