@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc.aio
 
@@ -35,6 +38,8 @@ SHAPE = ExecutorShape(
     max_model_len=1024,
     vocab_size=257,
 )
+T = TypeVar("T")
+
 NAME = "tiny"
 DESCRIPTION = EngineDescription(NAME, "NoModel", "float32", (END,))
 LONG_S = 20.0
@@ -136,6 +141,47 @@ async def stop(task: asyncio.Task[None], shutdown: Shutdown) -> None:
         shutdown.request()
     async with asyncio.timeout(LONG_S):
         await task
+
+
+@dataclass(slots=True)
+class Background:
+    """A stack on an event loop in a thread, for tests that are not coroutines."""
+
+    loop: asyncio.AbstractEventLoop
+    client: InferenceClient
+    engine: RunningEngine
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(LONG_S)
+
+
+@contextmanager
+def serving_in_background(
+    model: Path, executor: Callable[[], Executor] = null_executor, **config: int | float
+) -> Iterator[Background]:
+    started: Future[Background] = Future()
+    ended = threading.Event()
+
+    async def main() -> None:
+        async with serving(model, executor, **config) as (client, engine):
+            started.set_result(Background(asyncio.get_running_loop(), client, engine))
+            await asyncio.to_thread(ended.wait)
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            if not started.done():
+                started.set_exception(error)
+            raise
+
+    thread = threading.Thread(target=run, name="serving")
+    thread.start()
+    try:
+        yield started.result(LONG_S)
+    finally:
+        ended.set()
+        thread.join(LONG_S)
 
 
 def free_port() -> int:
