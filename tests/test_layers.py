@@ -15,7 +15,13 @@ PACKAGE = ROOT / "chiron_engine"
 KERNELS = ROOT / "kernels" / "chiron_kernels"
 
 # The modules of the gateway that turn text into ids and back.
-GATEWAY_TEXT = {"gateway.text", "gateway.detokenizer", "gateway.stop_strings"}
+GATEWAY_TEXT = {
+    "gateway.text",
+    "gateway.chat_template",
+    "gateway.detokenizer",
+    "gateway.stop_strings",
+    "gateway.output_text",
+}
 # What each layer may import besides itself. A longer name is a narrower permission.
 ALLOWED: dict[str, set[str]] = {
     "policy": set(),

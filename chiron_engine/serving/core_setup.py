@@ -1,0 +1,84 @@
+"""An EngineCore as a configuration asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chiron_engine.config import EngineConfig
+from chiron_engine.core.engine_core import EngineCore
+from chiron_engine.core.executor import Executor
+from chiron_engine.core.step_stats import StepLog
+from chiron_engine.policy.iteration.kv_tiers import SwapCosts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A core over a loaded model, and what the rest of a process needs to know of the model.
+
+    dtype: the one in use, as `bfloat16`. path: the directory of its tokenizer.
+    """
+
+    core: EngineCore
+    name: str
+    architecture: str
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    path: Path
+
+
+def load_core(config: EngineConfig, resources: ExitStack, progress: Progress | None = None) -> LoadedModel:
+    """Load a model and put a core over it. `resources` closes both, and the step log.
+
+    Takes seconds, imports torch. Raises what `build_executor` raises, and ValueError where the step
+    log cannot be written.
+    """
+    from chiron_engine.runtime.build import build_executor
+    from chiron_engine.runtime.trial_steps import measure_swap_costs
+
+    log = _open_log(config.step_log, resources)
+    executor, spec = build_executor(config, progress)
+    resources.callback(executor.close)
+    core = build_core(config, executor, log, measure_swap_costs(executor))
+    return LoadedModel(
+        core=core,
+        name=config.served_model_name or spec.name,
+        architecture=spec.architecture,
+        dtype=str(executor.model.dtype).removeprefix("torch."),
+        eos_token_ids=spec.eos_token_ids,
+        path=spec.path,
+    )
+
+
+def build_core(
+    config: EngineConfig,
+    executor: Executor,
+    log: StepLog | None = None,
+    swap_costs: SwapCosts | None = None,
+) -> EngineCore:
+    core = EngineCore(
+        executor,
+        enable_prefix_caching=config.enable_prefix_caching,
+        swap_costs=swap_costs,
+        max_queued_requests=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+    )
+    if log is not None:
+        core.add_step_hook(log)
+    return core
+
+
+def _open_log(path: str | None, resources: ExitStack) -> StepLog | None:
+    if path is None:
+        return None
+    try:
+        return resources.enter_context(StepLog(path))
+    except OSError as error:
+        raise ValueError(f"cannot write the step log {path}: {error.strerror}") from error
