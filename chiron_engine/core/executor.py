@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from chiron_engine.policy.iteration.plan import StepPlan, StepResult
 
@@ -43,8 +43,9 @@ class Executor(Protocol):
         """Start a step. Returns at once where the device is asynchronous."""
         ...
 
-    def collect(self, handle: StepHandle) -> StepResult:
-        """Wait for a step, the oldest one first, and return its tokens."""
+    def collect(self, handle: Any) -> StepResult:
+        """Wait for a step, the oldest one first, and return its tokens. Takes this executor's own
+        kind of StepHandle."""
         ...
 
     def close(self) -> None:
