@@ -40,6 +40,7 @@ setup(
         "tokenizers",
         "safetensors",
         "numpy",
+        "packaging",
         "grpcio>=1.71",
         "grpcio-health-checking>=1.71",
         "grpcio-reflection>=1.71",

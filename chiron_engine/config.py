@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GIB = 1 << 30
+DEVICE_NUMBER = re.compile(r"(?<=^cuda:)\d+$", re.ASCII)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,7 @@ class EngineConfig:
     """One engine. Names follow vLLM's flags where the meaning is the same.
 
     model: a Hugging Face directory or id, or `smollm2`. dtype: auto, float32 or bfloat16 (float16
-    on CUDA). device: auto, cpu or cuda. block_size: tokens a KV block holds.
+    on CUDA). device: auto, cpu, cuda or cuda:N. block_size: tokens a KV block holds.
     kv_cache_memory: bytes of the device KV pool; None takes a share of what is free
     (`gpu_memory_utilization` of the device on CUDA). swap_space: bytes of the host KV tier.
     max_model_len: None takes the model's own context length.
@@ -47,7 +49,7 @@ class EngineConfig:
         if not self.model:
             raise ValueError("model is empty; it must be a directory, a model id or smollm2")
         _one_of("dtype", self.dtype, DTYPES)
-        _one_of("device", self.device, DEVICES)
+        _one_of("device", DEVICE_NUMBER.sub("N", self.device), DEVICES)
         _within("block_size", self.block_size, 1, 4096)
         _at_least("kv_cache_memory", self.kv_cache_memory, 1)
         _at_least("swap_space", self.swap_space, 0)

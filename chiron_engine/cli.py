@@ -1,0 +1,52 @@
+"""The `chiron` command. Each command is a file in commands/, loaded when it is called."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from chiron_engine import __version__
+from chiron_engine.commands import doctor, engine, generate, serve
+from chiron_engine.commands.exits import CommandError
+
+app = typer.Typer(
+    name="chiron",
+    help="Serve large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve.serve)
+app.command("engine")(engine.engine)
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"chiron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Serve large language models."""
+
+
+def main() -> None:
+    """Run the command line and exit with one of `exits.ExitCode`."""
+    try:
+        app(prog_name="chiron")
+    except CommandError as error:
+        print(f"chiron: {error.message}", file=sys.stderr)
+        sys.exit(error.code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The options that describe one engine, for every command that runs or starts engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import typer
+
+from chiron_engine.config import DEVICES, DTYPES, EngineConfig
+
+from .exits import usage_errors
+from .option_tables import TableOption, choice, with_options
+from .sizes import parse_size
+
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(EngineConfig)}
+SIZES = ("kv_cache_memory", "swap_space")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+SIZE = {"parser": _size, "metavar": "SIZE"}
+
+
+def _entry(name: str, flag: str, kind: Any, help_text: str, **details: Any) -> tuple[str, TableOption]:
+    default = DEFAULTS[name]
+    if name in SIZES and default is not None:
+        default = f"{default >> 20}MiB"
+    return name, TableOption(flag, kind, default, {"help": help_text, **details})
+
+
+# Keyed by the field of EngineConfig that the option sets.
+ENGINE_OPTIONS = dict(
+    (
+        _entry("served_model_name", "--served-model-name", str | None, "Name clients see for the model."),
+        _entry("dtype", "--dtype", str, "Type of weights and KV.", **choice(DTYPES)),
+        _entry("device", "--device", str, "Where the model runs.", metavar="|".join(DEVICES)),
+        _entry("max_num_seqs", "--max-num-seqs", int, "Requests that run at once, at most.", min=1),
+        _entry("max_num_batched_tokens", "--max-num-batched-tokens", int, "Tokens in one step.", min=1),
+        _entry(
+            "max_model_len",
+            "--max-model-len",
+            int | None,
+            "Tokens of prompt and output (the model's).",
+            min=1,
+        ),
+        _entry("block_size", "--block-size", int, "Tokens in one KV block.", min=1, max=4096),
+        _entry("kv_cache_memory", "--kv-cache-memory", int | None, "For KV blocks (a share).", **SIZE),
+        _entry("swap_space", "--swap-space", int, "Host memory for KV of preempted requests.", **SIZE),
+        _entry(
+            "gpu_memory_utilization",
+            "--gpu-memory-utilization",
+            float,
+            "Share of GPU memory.",
+            min=0.01,
+            max=1,
+        ),
+        _entry(
+            "enable_prefix_caching",
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            bool,
+            "Reuse the KV of equal prompt starts.",
+        ),
+        _entry("seed", "--seed", int, "Where the seeds of unseeded requests start.", min=0),
+        _entry("threads", "--threads", int | None, "CPU compute threads (all cores).", min=1),
+        _entry("max_queued_requests", "--max-num-queued-reqs", int, "Requests that may wait.", min=1),
+        _entry("max_queued_tokens", "--max-num-queued-tokens", int, "Prompt tokens that may wait.", min=1),
+        _entry("step_log", "--step-log", str | None, "Write one JSON line per step.", metavar="FILE"),
+    )
+)
+
+with_engine_options = with_options("engine", ENGINE_OPTIONS, "Engine")
+
+
+def engine_config(model: str, engine: Mapping[str, Any]) -> EngineConfig:
+    """Raises CommandError (usage) for a value outside its range."""
+    with usage_errors():
+        return EngineConfig(model=model, **engine)
+
+
+def to_arguments(config: EngineConfig) -> list[str]:
+    """The model and the options that make the same configuration in another process."""
+    arguments = [config.model]
+    for name, option in ENGINE_OPTIONS.items():
+        value = getattr(config, name)
+        if value == DEFAULTS[name]:
+            continue
+        if isinstance(value, bool):
+            arguments.append(option.flag.split("/")[0 if value else 1])
+        else:
+            arguments += [option.flag, f"{value}B" if name in SIZES else str(value)]
+    return arguments

@@ -1,0 +1,34 @@
+"""The request that a server prints when it is ready: a line to copy."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def example_request(address: str, chat: bool) -> str:
+    """A command line that works when pasted where this process was started."""
+    words = [*_chiron(), "generate", "--server", address, "--temperature", "0"]
+    words += (
+        ["--chat", "What is the capital of France?"] if chat else ["--max-tokens", "32", "Once upon a time"]
+    )
+    return " ".join(shlex.quote(word) if " " not in word else f'"{word}"' for word in words)
+
+
+def _chiron() -> list[str]:
+    """How to call this program: by name if the shell finds this very one, else by its path."""
+    own = Path(sys.executable).parent / "chiron"
+    found = shutil.which("chiron")
+    if found is not None and Path(found).resolve() == own.resolve():
+        return ["chiron"]
+    if own.exists():
+        return [_short(own)]
+    return [_short(Path(sys.executable)), "-m", "chiron_engine"]
+
+
+def _short(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

@@ -1,0 +1,60 @@
+"""`chiron serve`: coordinator and gateway in this process, engines in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from chiron_engine.config import EngineConfig, GatewayConfig
+
+from .engine_options import engine_config, to_arguments, with_engine_options
+from .exits import port_errors
+from .logs import set_up_logging
+from .server_options import gateway_config, with_server_options
+
+
+@with_engine_options
+@with_server_options
+def serve(
+    engine: dict[str, Any],
+    server: dict[str, Any],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or id, or smollm2.")
+    ],
+    engines: Annotated[int, Option(min=1, max=256, help="Engine processes on this machine.")] = 1,
+) -> None:
+    """Serve a model: a gateway, and engines on this machine. Prints a request to copy when ready.
+
+    SIGTERM drains and stops; Ctrl-C too; a second signal stops at once.
+    """
+    config = engine_config(model, engine)
+    listen = gateway_config(server, config.max_queued_requests * engines)
+    set_up_logging(server["log_level"])
+    _check_port(listen)
+    from .serve_engines import Service
+
+    service = Service(listen, engine_command(config, engines, server["log_level"]), engines, config)
+    sys.exit(asyncio.run(service.run()))
+
+
+def _check_port(listen: GatewayConfig) -> None:
+    """Before anything is started: a port in use should show in a second, not after a load."""
+    from chiron_engine.rpc.port import check_free
+
+    with port_errors():
+        check_free(listen.host, listen.grpc_port)
+
+
+def engine_command(config: EngineConfig, engines: int, log_level: str) -> list[str]:
+    """The command line of one of `engines` equal engines. They share the cores and, where none was
+    given, each takes its share of memory as it finds it."""
+    from chiron_engine.cluster.local_launcher import threads_per_engine
+
+    config = replace(config, threads=config.threads or threads_per_engine(engines))
+    launch = [sys.executable, "-m", "chiron_engine", "engine", "--headless", "--grpc-port", "0"]
+    return [*launch, "--log-level", log_level, *to_arguments(config)]
