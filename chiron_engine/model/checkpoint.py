@@ -62,5 +62,3 @@ class Checkpoint:
             out[start : start + shape[0]] = self.read(name, shape)
             start += shape[0]
         return out
-
-

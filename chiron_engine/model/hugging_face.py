@@ -152,7 +152,7 @@ def _read_config(path: Path, raw: dict[str, Any]) -> Any:
 def _supported_class(config: Any) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{config.model_type} is not a causal language model transformers knows")
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     found = found[0] if isinstance(found, tuple) else found
     if found._is_stateful:
         raise ModelError(f"{found.__name__} keeps recurrent state, which is not supported")
@@ -162,8 +162,9 @@ def _supported_class(config: Any) -> Any:
 
 
 def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=hugging_face_attention.NAME,

@@ -84,9 +84,9 @@ class PagedForward:
 
     def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **asked: Any) -> Any:
         index = layer_index(module)
-        rows = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
         asked["window"] = self._windows[index]
-        return self._backend.attend(index, *rows, self._pool, self._batch, **asked)[None]
+        return self._backend.attend(index, q, k, v, self._pool, self._batch, **asked)[None]
 
 
 FORWARD: ContextVar[Probe | PagedForward] = ContextVar("chiron_forward")

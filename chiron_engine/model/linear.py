@@ -16,21 +16,19 @@ class Linear:
     every call; the dense one is not kept.
     """
 
-    __slots__ = ("_bias", "_dense", "_packed")
+    __slots__ = ("_bias", "_packed", "_weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._bias = bias
-        self._packed: torch.Tensor | None = None
-        self._dense: torch.Tensor | None = None
-        if can_pack(weight):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
-        else:
-            self._dense = weight
+        self._packed = can_pack(weight)
+        if self._packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+        self._weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
-            return linear(x, self._dense, self._bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        if self._packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return linear(x, self._weight, self._bias)
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -94,6 +94,8 @@ def _check(config: Any) -> _Verdict:
         return _Verdict(paged_error(small_model(config)))
     except ModelError as error:
         return _Verdict(0.0, str(error))
+    except Exception as error:  # whatever a class raises on packed rows; not a verdict to keep
+        raise ModelError(f"{config.model_type} fails its self-check: {error!r}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
