@@ -105,7 +105,11 @@ class ModelText:
 
     def surely_over(self, text: str, max_tokens: int) -> bool:
         """Whether the text is over `max_tokens` by its length alone: no token is longer than the
-        longest. Saves tokenizing megabytes only to refuse them."""
+        longest. Saves tokenizing megabytes only to refuse them. Tokenizers that may take any stretch
+        of text for one unknown token never say so."""
+        model = self._tokenizer.model
+        if not (self._vocabulary.is_byte_level or getattr(model, "byte_fallback", False)):
+            return False
         shrinking = 1 if self._tokenizer.normalizer is None else 4
         return len(text) > max_tokens * self._longest_token * shrinking
 
