@@ -91,7 +91,9 @@ class CheckedExecutor:
             assert grown.index == len(table)
             table.append(grown.block)
         decoding = [s for s, slot in self.slots.items() if slot.decoding]
-        assert len(set(plan.decode.slots)) == len(plan.decode.slots) and set(plan.decode.slots) <= set(decoding)
+        assert len(set(plan.decode.slots)) == len(plan.decode.slots) and set(plan.decode.slots) <= set(
+            decoding
+        )
 
     def _copy(self, source: dict, source_block: int, target: dict, target_block: int) -> None:
         for offset in range(self.shape.block_size):

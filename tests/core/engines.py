@@ -30,9 +30,7 @@ def null_core(
         vocab_size=1000,
         pipeline_depth=depth,
     )
-    return EngineCore(
-        NullExecutor(shape), clock=VirtualClock(), limits=Limits(slots, budget), **settings
-    )  # type: ignore[arg-type]
+    return EngineCore(NullExecutor(shape), clock=VirtualClock(), limits=Limits(slots, budget), **settings)  # type: ignore[arg-type]
 
 
 def make_request(

@@ -128,7 +128,9 @@ class EngineMachine(RuleBasedStateMachine):
         if live:
             self.core.abort(data.draw(st.sampled_from(live)))
 
-    @rule(running=st.integers(1, SLOTS), more=st.integers(0, 12), shrink=st.sampled_from(["drain", "preempt"]))
+    @rule(
+        running=st.integers(1, SLOTS), more=st.integers(0, 12), shrink=st.sampled_from(["drain", "preempt"])
+    )
     def resize(self, running: int, more: int, shrink: Any) -> None:
         self.core.set_limits(running, min(running + more, BUDGET), shrink)
 
