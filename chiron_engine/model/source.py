@@ -25,17 +25,25 @@ def resolve_model(name: str, progress: Progress | None = None) -> Path:
         from chiron_engine.model.smollm2 import smollm2_directory
 
         return smollm2_directory(progress)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        check_directory(path)
-        return path
-    if path.is_file() or name.endswith(".gguf"):
-        raise ModelError(f"{name} is a single file: give a Hugging Face directory, an id, or smollm2")
-    if not _HUB_ID.fullmatch(name):
-        raise ModelError(f"no directory {name!r}: give a Hugging Face directory, an id, or smollm2")
-    path = _download(name, progress)
+    path = _local_directory(name) or _download(name, progress)
     check_directory(path)
     return path
+
+
+def _local_directory(name: str) -> Path | None:
+    """The directory `name`, or None where it may be an id. Raises ModelError where it is neither."""
+    try:
+        path = Path(name).expanduser()
+        if name and path.is_dir():
+            return path
+        is_file = path.is_file()
+    except (OSError, RuntimeError):
+        is_file = False
+    if is_file or name.endswith(".gguf"):
+        raise ModelError(f"{name} is a single file: give a Hugging Face directory, an id, or smollm2")
+    if len(name) > 200 or not _HUB_ID.fullmatch(name):
+        raise ModelError(f"no directory {name[:200]!r}: give a Hugging Face directory, an id, or smollm2")
+    return None
 
 
 def _download(name: str, progress: Progress | None) -> Path:

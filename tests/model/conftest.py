@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.source import resolve_model
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from chiron_engine.model.attention import AttentionBatch, ChunkRows
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.self_check import run_paged
 
 
-def random_prompts(vocab_size: int, lengths: tuple[int, ...] = (37, 9, 22), seed: int = 0) -> list[torch.Tensor]:
+def random_prompts(
+    vocab_size: int, lengths: tuple[int, ...] = (37, 9, 22), seed: int = 0
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
 

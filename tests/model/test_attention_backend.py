@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chiron_kernels.torch_attention import chunk_attention, chunk_mask
+
 from chiron_engine.model.attention import AttentionBatch, ChunkRows, TorchAttention
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.spec import LayerGeometry
-from chiron_kernels.torch_attention import chunk_attention, chunk_mask
 
 HQ, HKV, D, BLOCK = 4, 2, 8, 4
 SCALE = 0.35

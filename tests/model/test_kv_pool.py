@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.spec import LayerGeometry
 
