@@ -79,7 +79,7 @@ async def _serve_alone(config: EngineConfig, listen: GatewayConfig) -> int:
 
 
 def _run_headless(config: EngineConfig, listen: GatewayConfig, parent_pid: int | None) -> int:
-    """Failures go to the report channel too: there the parent reads their cause."""
+    """A failure is a report too: the parent tells its cause."""
     from chiron_engine.cluster.engine_report import EngineFailed, EngineReady, LoadPhase
     from chiron_engine.cluster.parent_death import die_with_parent
 
@@ -98,7 +98,7 @@ def _run_headless(config: EngineConfig, listen: GatewayConfig, parent_pid: int |
         return asyncio.run(_run(config, listen, progress, on_ready=announce, on_loaded=loaded.append))
     except CommandError as error:
         channel.send(EngineFailed(error.code, error.message))
-        raise
+        return error.code
 
 
 async def _run(
@@ -110,6 +110,7 @@ async def _run(
     on_ready: Any,
     on_loaded: Any = lambda loaded: None,
 ) -> int:
+    from chiron_engine.model.source import resolve_model
     from chiron_engine.rpc.shutdown import Shutdown
     from chiron_engine.serving.core_setup import load_core
     from chiron_engine.serving.engine_process import EngineFailed, LoadedEngine, run_engine
@@ -125,6 +126,7 @@ async def _run(
                 progress(phase, fraction)
 
             with load_errors():
+                resolve_model(config.model, report)  # says what is wrong before torch is imported
                 loaded = load_core(config, resources, report)
             on_loaded(loaded)
             description = EngineDescription(

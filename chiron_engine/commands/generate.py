@@ -71,16 +71,20 @@ def _remote(server: str, prompts: list[str], request: RequestOptions, chat: bool
 def _offline(
     config: EngineConfig, prompts: list[str], request: RequestOptions, chat: bool, as_json: bool
 ) -> None:
+    from chiron_engine.model.source import resolve_model
+
     from .console import LoadPhases
-    from .generate_offline import generate_offline
 
     with usage_errors():
         sampling = request.sampling_params()
     phases = LoadPhases()
     with load_errors():
+        resolve_model(config.model, phases)  # says what is wrong before torch is imported
         from chiron_engine.serving.llm import LLM
 
         llm = LLM(config, progress=phases)
     phases.done()
+    from .generate_offline import generate_offline
+
     with llm, usage_errors():
         generate_offline(llm, prompts, sampling, stop=request.stop, chat=chat, as_json=as_json)

@@ -172,7 +172,7 @@ def _available_memory() -> int | None:
 
 def check_disk(folder: Path) -> Check:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(existing, os.W_OK):
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
         return Check("disk", FAIL, f"{folder} cannot be written", "set CHIRON_CACHE to a folder of yours")
     free = shutil.disk_usage(existing).free
     if free < LITTLE_DISK:

@@ -44,6 +44,8 @@ class Shutdown:
 
     def request(self) -> None:
         """Ask for a stop, as a signal would. Callable from any thread and from signal handlers."""
+        if self._finished.is_set():  # the event loop may be gone
+            return
         self._requests += 1
         if self._requests == 1:
             threading.Thread(target=self._watch, name="shutdown-watchdog", daemon=True).start()

@@ -66,7 +66,17 @@ def test_sigterm_lets_running_requests_end_and_refuses_new_ones(tiny_llama: Path
     with Server(serve_arguments(tiny_llama)) as server:
         address = address_of(server.wait_ready())
         engines = server.engine_pids()
-        long = [*CHIRON, "generate", "--server", address, "--json", "--ignore-eos", "--max-tokens", "1500", "hi"]
+        long = [
+            *CHIRON,
+            "generate",
+            "--server",
+            address,
+            "--json",
+            "--ignore-eos",
+            "--max-tokens",
+            "1500",
+            "hi",
+        ]
         with subprocess.Popen(long, stdout=subprocess.PIPE, text=True) as running:
             ask(address, tokens=200)  # long enough for the other to be under way
             server.signal(signal.SIGTERM)

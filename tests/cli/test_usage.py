@@ -1,0 +1,159 @@
+"""What the command line refuses, with which exit code, and that it names the mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chiron_engine.commands.engine_options import engine_config, to_arguments
+from chiron_engine.commands.serve import engine_command
+from chiron_engine.commands.sizes import format_size, parse_size
+from chiron_engine.config import EngineConfig
+from tests.cli.chiron_process import SMALL, chiron
+
+USAGE = [
+    (["frobnicate"], "frobnicate"),
+    (["serve"], "MODEL"),
+    (["serve", "m", "--engines", "0"], "--engines"),
+    (["serve", "m", "--grpc-port", "70000"], "--grpc-port"),
+    (["serve", "m", "--log-level", "loud"], "loud"),
+    (["engine", "m", "--dtype", "int8"], "int8"),
+    (["engine", "m", "--device", "gpu"], "gpu"),
+    (["engine", "m", "--swap-space", "4"], "4GiB"),
+    (["engine", "m", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization"),
+    (["engine", "m", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
+    (["generate"], "name a model"),
+    (["generate", "m"], "no prompt"),
+    (["generate", "m", "--file", "/no/such/file"], "/no/such/file"),
+    (["generate", "m", "--file", "x", "prompt"], "not both"),
+    (["generate", "m", "--temperature", "nan", "hi"], "temperature"),
+    (["generate", "m", "--top-p", "0", "hi"], "top_p"),
+    (["generate", "m", "--max-tokens", "0", "hi"], "max_tokens"),
+    (["generate", "m", "--slo-class", "batch", "hi"], "--slo-class"),
+    (["generate", "--server", "127.0.0.1:1", "--slo-class", "gold", "hi"], "gold"),
+    (["generate", "--server", "127.0.0.1:1", "--dtype", "float32", "hi"], "--dtype"),
+    (["generate", "--server", "127.0.0.1:1"], "no prompt"),
+    (["generate", "--server", "127.0.0.1:1", "--top-k", "-1", "hi"], "top_k"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), USAGE, ids=lambda value: " ".join(value)[:60])
+def test_a_usage_error_exits_2_and_names_the_mistake(arguments: list[str], words: str) -> None:
+    result = chiron(*arguments)
+    assert result.returncode == 2, result.stderr
+    flat = re.sub(r"[│\s]+", " ", result.stderr)
+    assert words in flat
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    command = [sys.executable, "-m", "chiron_engine", "generate", "--server", "127.0.0.1:1", b"caf\xe9"]
+    result = subprocess.run(command, capture_output=True, timeout=60)
+    assert result.returncode == 2
+    assert b"prompt 1 is no valid text" in result.stderr
+
+
+def test_an_unreachable_server_exits_1() -> None:
+    result = chiron("generate", "--server", "127.0.0.1:1", "hi")
+    assert result.returncode == 1
+    assert "no server answers at 127.0.0.1:1" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["serve"], ["engine"], ["generate"]], ids=lambda value: value[0])
+def test_a_missing_model_exits_3(command: list[str]) -> None:
+    more = ["hi"] if command == ["generate"] else ["--grpc-port", "0"]
+    result = chiron(*command, "/no/such/model", *more)
+    assert result.returncode == 3, result.stderr
+    assert "/no/such/model" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_broken_model_exits_3_with_its_cause(tiny_llama: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config)[:-5])
+    result = chiron("serve", str(broken), "--grpc-port", "0", *SMALL)
+    assert result.returncode == 3, result.stderr
+    assert "config.json" in result.stderr
+
+
+def test_a_missing_tokenizer_exits_3(tiny_llama: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
+    (broken / "tokenizer.json").unlink()
+    result = chiron("generate", str(broken), *SMALL, "hi")
+    assert result.returncode == 3, result.stderr
+    assert "tokenizer.json" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["serve", "--grpc-port", "0"], ["generate"]], ids=lambda value: value[0])
+def test_too_little_memory_exits_4(command: list[str], tiny_llama: Path) -> None:
+    more = ["hi"] if command == ["generate"] else []
+    result = chiron(command[0], str(tiny_llama), *command[1:], "--kv-cache-memory", "900TiB", *more)
+    assert result.returncode == 4, result.stderr
+    assert "lower kv_cache_memory" in result.stderr
+
+
+def test_a_setting_the_machine_cannot_have_exits_2(tiny_llama: Path) -> None:
+    result = chiron("generate", str(tiny_llama), *SMALL, "--dtype", "float16", "--device", "cpu", "hi")
+    assert result.returncode == 2, result.stderr
+    assert "float16" in result.stderr
+
+
+LIGHT = [["--help"], ["--version"], ["serve", "--help"], ["generate", "--server", "127.0.0.1:1", "hi"]]
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_light_commands_load_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from chiron_engine.cli import main\n"
+        f"sys.argv = ['chiron', *{arguments!r}]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.exit(len({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("0", 0), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("2gb", 2 * 10**9), ("7B", 7), ("0GiB", 0)],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["4", "-1GiB", "GiB", "1e3MiB", "1 XiB", "", "٤GiB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="amount of memory"):
+        parse_size(text)
+
+
+def test_sizes_are_shown_in_the_largest_unit() -> None:
+    assert [format_size(n) for n in (12, 2048, 3 << 29)] == ["12 B", "2.0 KiB", "1.5 GiB"]
+
+
+def test_an_engine_process_gets_the_same_configuration() -> None:
+    config = EngineConfig(
+        model="m",
+        dtype="float32",
+        kv_cache_memory=123456789,
+        swap_space=0,
+        enable_prefix_caching=False,
+        max_num_seqs=3,
+        gpu_memory_utilization=0.5,
+        step_log="steps.jsonl",
+    )
+    arguments = to_arguments(config)
+    assert arguments[0] == "m"
+    given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+    assert "--no-enable-prefix-caching" in arguments
+    assert parse_size(given["--kv-cache-memory"]) == 123456789
+    assert to_arguments(engine_config("m", {})) == ["m"]
+    command = engine_command(config, 1000, "info")
+    assert command[command.index("--threads") + 1] == "1"
