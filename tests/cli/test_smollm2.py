@@ -19,7 +19,8 @@ pytestmark = [
     ),
 ]
 
-CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid"}
+# Ones that the model itself gets right, by a wide margin, in float32 and bfloat16.
+CAPITALS = {"France": "Paris", "Germany": "Berlin", "Japan": "Tokyo"}
 
 
 def test_serve_answers_many_clients_sensibly() -> None:
