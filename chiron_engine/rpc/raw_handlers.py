@@ -102,12 +102,25 @@ def _guarded(call: Callable[..., Any], method: str) -> Callable[..., Any]:
         try:
             return await call(raw, context)
         except RpcFailure as failure:
-            await context.abort(failure.code, failure.message, failure.trailing_metadata)
+            await _abort(context, method, failure)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception:
             number = uuid.uuid4().hex
             log.exception("internal error %s in %s", number, method)
-            await context.abort(grpc.StatusCode.INTERNAL, f"internal error; it is logged under {number}")
+            message = f"internal error; it is logged under {number}"
+            await _abort(context, method, RpcFailure(grpc.StatusCode.INTERNAL, message))
 
     return guarded
+
+
+async def _abort(context: grpc.aio.ServicerContext, method: str, failure: RpcFailure) -> None:
+    try:
+        await context.abort(failure.code, failure.message, failure.trailing_metadata)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        # A write is still under way, to a peer that does not read: no status can be sent, and the
+        # stream is reset instead.
+        log.warning("%s: reset the stream of a peer that does not read (%s)", method, failure.message)
+        raise asyncio.CancelledError from None

@@ -22,7 +22,7 @@ import grpc.aio
 from chiron_engine.core.engine_core import EngineLoad
 from chiron_engine.core.requests import InvalidRequest, QueueFull, build_request
 from chiron_engine.policy.iteration.request import FinishReason, Request, SamplingParams, Slo, SloClass
-from chiron_engine.rpc.errors import exhausted, invalid_argument, unavailable
+from chiron_engine.rpc.errors import RpcFailure, exhausted, invalid_argument, unavailable
 from chiron_engine.rpc.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from chiron_engine.rpc.wire import sampling_fields, slo_fields
 
@@ -63,7 +63,8 @@ class Origin:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One gateway's stream: its live requests, and what waits to be written to it."""
+    """One gateway's stream: its live requests, and what waits to be written to it. `failure` ends
+    the call with an error; `is_over`: nothing more is to be written."""
 
     request_ids: dict[int, int] = field(default_factory=dict)  # by handle
     handles: list[int] = field(default_factory=list)
@@ -71,12 +72,29 @@ class Stream:
     finished: list[engine_pb2.Finished] = field(default_factory=list)
     rejected: list[engine_pb2.Rejected] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    closed: bool = False
     is_writing: bool = False
+    is_over: bool = False
+    failure: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
     def has_output(self) -> bool:
         return self.is_writing or bool(self.tokens or self.finished or self.rejected)
+
+    def push(self, handle: int, token: int) -> None:
+        """Without effect once the stream has failed: nobody will read it."""
+        if self.failure.done():
+            return
+        self.handles.append(handle)
+        self.tokens.append(token)
+        if len(self.tokens) > MAX_PENDING_TOKENS:
+            self.fail(
+                exhausted(f"the stream is read too slowly: {MAX_PENDING_TOKENS} tokens wait", "slow_reader")
+            )
+
+    def fail(self, failure: RpcFailure) -> None:
+        """End the stream's requests now, and the call with this error once it can be sent."""
+        if not self.failure.done():
+            self.failure.set_exception(failure)
 
     def reject(
         self, handle: int, code: grpc.StatusCode, message: str, retry_after_ms: int | None = None
@@ -115,7 +133,6 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._loop: EngineLoop | None = None
         self._description = EngineDescription("", "", "", ())
         self._streams: set[Stream] = set()
-        self._closing = False
         self._request_ids = itertools.count(1)
         self._seeds = random.Random()
         self._outputs: deque[LoopOutput] = deque()
@@ -145,9 +162,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def close(self, timeout: float) -> None:
         """Write what is left, then end every stream with UNAVAILABLE."""
         await self.flush(timeout)
-        self._closing = True
         for stream in self._streams:
-            stream.ready.set()
+            stream.fail(unavailable("the engine is shut down", "draining"))
         if self._loop is not None:
             self._unsubscribe()
 
@@ -174,42 +190,47 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         stream = Stream()
         self._streams.add(stream)
         reader = asyncio.create_task(self._read(commands, stream, loop))
+        writer = asyncio.create_task(self._write(context, stream, loop))
         try:
-            await context.write(engine_pb2.EngineEvent(hello=self._hello(loop)))
-            await self._write(context, stream, loop)
-            await reader  # ended: raises what ended it
-        finally:
+            ends: list[asyncio.Future[None]] = [reader, writer, stream.failure]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             reader.cancel()
-            stream.closed = True
-            self._streams.discard(stream)
-            loop.abort(stream.request_ids.values())
+            self._leave(stream, loop)
+            await writer  # gRPC takes no status while a write is under way
+            for end in (stream.failure, reader):
+                if end.done() and not end.cancelled():
+                    end.result()  # raises what ended it
+        finally:
+            self._leave(stream, loop)
+            reader.cancel()
+            writer.cancel()
+            stream.failure.cancel()
+
+    def _leave(self, stream: Stream, loop: EngineLoop) -> None:
+        self._streams.discard(stream)
+        stream.is_over = True
+        stream.ready.set()
+        loop.abort(stream.request_ids.values())
+        stream.request_ids = {}
 
     async def _read(
         self, commands: AsyncIterator[engine_pb2.EngineCommand], stream: Stream, loop: EngineLoop
     ) -> None:
-        try:
-            async for command in commands:
-                for submit in command.submits:
-                    self._submit(submit, stream, loop)
-                aborted = [stream.request_ids[h] for h in command.aborts if h in stream.request_ids]
-                if aborted:
-                    loop.abort(aborted)
-        finally:
-            stream.closed = True
-            stream.ready.set()
+        """Returns when the gateway has closed its side."""
+        async for command in commands:
+            for submit in command.submits:
+                self._submit(submit, stream, loop)
+            aborted = [stream.request_ids[h] for h in command.aborts if h in stream.request_ids]
+            if aborted:
+                loop.abort(aborted)
 
     async def _write(self, context: grpc.aio.ServicerContext, stream: Stream, loop: EngineLoop) -> None:
+        await context.write(engine_pb2.EngineEvent(hello=self._hello(loop)))
         while True:
             await stream.ready.wait()
-            stream.ready.clear()
-            if stream.closed:
+            if stream.is_over:
                 return
-            if self._closing:
-                raise unavailable("the engine is shut down", "draining")
-            if len(stream.tokens) > MAX_PENDING_TOKENS:
-                raise exhausted(
-                    f"the stream is read too slowly: over {MAX_PENDING_TOKENS} tokens wait", "slow_reader"
-                )
+            stream.ready.clear()
             load = loop.load
             stream.is_writing = True
             await context.write(stream.take(self._wire_load(load), load.step))
@@ -272,10 +293,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if step.tokens is not None:
             for request, token in zip(step.requests, step.tokens, strict=True):
                 origin = _origin(request)
-                stream = origin.stream
-                stream.handles.append(origin.handle)
-                stream.tokens.append(token)
-                touched.add(stream)
+                origin.stream.push(origin.handle, token)
+                touched.add(origin.stream)
         for request in step.finished:
             origin = _origin(request)
             origin.stream.request_ids.pop(origin.handle, None)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import grpc.aio
 import pytest
 
-from chiron_engine.gateway.engine_link import EngineLink
-from chiron_engine.gateway.generation import Generation, Prompt
-from chiron_engine.gateway.text import ModelText
 from chiron_engine.gateway.token_stream import MAX_PENDING_TOKENS, TokenStream
 from chiron_engine.rpc.client import sampling
-from chiron_engine.rpc.errors import RpcFailure
-from chiron_engine.rpc.v1 import inference_pb2, types_pb2
-from tests.gateway.serving_stack import running_engine, slow_executor
+from chiron_engine.rpc.errors import error_code
+from chiron_engine.rpc.v1 import inference_pb2, inference_pb2_grpc
+from tests.gateway.serving_stack import SHAPE, null_executor, serving
 from tests.gateway.tiny_model import write_tiny_model
 
 
@@ -31,36 +30,40 @@ def test_tokens_that_nobody_takes_end_the_request_at_the_bound() -> None:
     assert stream.overflowed
 
 
-class UnreadContext:
-    """A call whose peer takes `takes` messages and then nothing."""
-
-    def __init__(self, takes: int) -> None:
-        self.takes = takes
-
-    async def write(self, chunk: inference_pb2.GenerateChunk) -> None:
-        if self.takes == 0:
-            await asyncio.Event().wait()
-        self.takes -= 1
+LONG = replace(SHAPE, max_model_len=60_000, num_device_blocks=4096)
+NARROW = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
 
 
-def test_a_blocked_write_ends_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chiron_engine.gateway.generation.WRITE_TIMEOUT_S", 0.3)
-    text = ModelText.from_directory(write_tiny_model(tmp_path))
+def test_a_client_that_reads_nothing_loses_its_request_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a channel with a narrow window, so that the server's writes soon block."""
+    monkeypatch.setattr("chiron_engine.gateway.generation.WRITE_TIMEOUT_S", 0.5)
+    model = write_tiny_model(tmp_path)
+    endless = inference_pb2.GenerateRequest(
+        text="h", sampling=sampling(max_tokens=50_000, seed=1, ignore_eos=True)
+    )
+    short = inference_pb2.GenerateRequest(text="i", sampling=sampling(max_tokens=20, seed=1, ignore_eos=True))
 
     async def check() -> None:
-        async with running_engine(lambda: slow_executor(0.005)) as engine:
-            link = EngineLink(engine.client.address)
-            link.start()
-            while not link.is_ready:
-                await asyncio.sleep(0.01)
-            params = sampling(max_tokens=1000, ignore_eos=True)
-            prompt = Prompt([1], params, types_pb2.Slo(), [])
-            generation = Generation(prompt, "slow", 0.0, text, link)
-            with pytest.raises(RpcFailure, match="read nothing") as failure:
-                await generation.run(UnreadContext(2), lambda: None)  # type: ignore[arg-type]
-            assert failure.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            generation.abort()
-            await engine.wait_idle(1.0)
-            await link.close()
+        async with (
+            serving(model, lambda: null_executor(LONG)) as (client, engine),
+            grpc.aio.insecure_channel(client.address, options=NARROW) as channel,
+        ):
+            unread = inference_pb2_grpc.InferenceStub(channel).Generate(endless)
+            await asyncio.sleep(0.1)
+            chunks = await client.generate_all(short)
+            assert sum(len(chunk.token_ids) for chunk in chunks) == 20
+            await engine.wait_idle(10.0)
+
+            seen: list[int] = []
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                async for chunk in unread:
+                    seen += chunk.token_ids
+            assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert error_code(error.value) == "slow_reader"
+            first = (31 + ord("h") * 7 + 1) % SHAPE.vocab_size
+            assert seen == [(first + 13 * index) % SHAPE.vocab_size for index in range(len(seen))]
+            assert len(seen) < 50_000
 
     asyncio.run(check())
