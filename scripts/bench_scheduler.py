@@ -41,7 +41,9 @@ class Bench:
             max_model_len=tokens,
             vocab_size=VOCAB,
         )
-        self.core = EngineCore(NullExecutor(self.shape), max_queued_requests=1 << 20, max_queued_tokens=1 << 40)
+        self.core = EngineCore(
+            NullExecutor(self.shape), max_queued_requests=1 << 20, max_queued_tokens=1 << 40
+        )
         self._random = random.Random(0)
         self._next_id = 0
 

@@ -79,7 +79,9 @@ def summarise(requests: list[Request], steps: list[StepStats], step_s: list[floa
     # With a pipeline the first call of core.step starts two steps, so the lists differ in length by
     # at most one; shares are of sums.
     pairs = list(zip(steps, step_s, strict=False))
-    decodes = [(stats, seconds) for stats, seconds in pairs if stats.decode_requests and not stats.prefill_tokens]
+    decodes = [
+        (stats, seconds) for stats, seconds in pairs if stats.decode_requests and not stats.prefill_tokens
+    ]
     return Run(
         wall_s=wall_s,
         output_tokens=produced,
@@ -159,7 +161,9 @@ def start_peer(arguments: argparse.Namespace) -> Any:
         return None
     from bench_peer_vllm import VllmPeer
 
-    return VllmPeer(arguments.model, arguments.peer_dtype, arguments.max_num_batched_tokens, arguments.requests)
+    return VllmPeer(
+        arguments.model, arguments.peer_dtype, arguments.max_num_batched_tokens, arguments.requests
+    )
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # The torch attention backend gathers the KV of all decoding rows, one layer at a time, padded to
 # at most twice their length, and its kernels may copy what it gathered once more.
 GATHERED_LAYERS = 4
+# How torch names a failed allocation on the CPU, which it raises as a plain RuntimeError.
+CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 # Kept free on a CUDA device for what other libraries allocate outside torch.
 CUDA_RESERVE = 256 << 20
 
@@ -52,7 +55,19 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
         raise OutOfMemory(
             f"loading {config.model}", total - free, total, "take a smaller model or a larger device"
         ) from error
+    except RuntimeError as error:
+        if CPU_ALLOCATOR not in str(error):
+            raise
+        raise OutOfMemory(
+            f"loading {config.model}", _bytes_asked(error), available_bytes(), "lower kv_cache_memory"
+        ) from error
     return executor, model.spec
+
+
+def _bytes_asked(error: RuntimeError) -> int:
+    """The size in torch's message of a failed allocation; 0 where it names none."""
+    found = re.search(r"you tried to allocate (\d+) bytes", str(error))
+    return int(found[1]) if found else 0
 
 
 def _no_progress(phase: str, fraction: float) -> None:

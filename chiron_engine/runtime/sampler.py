@@ -118,6 +118,8 @@ def upload_array(array: np.ndarray, device: torch.device) -> Tensor:
     host = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return host.clone()
+    if not array.size:
+        return torch.empty(array.shape, dtype=host.dtype, device=device)
     return host.pin_memory().to(device, non_blocking=True)
 
 

@@ -87,7 +87,7 @@ def run_largest_step(executor: TorchExecutor) -> None:
     in as many requests, all sampled with every filter."""
     shape = executor.shape
     count = shape.max_slots
-    known = max(shape.max_step_tokens // count, 1)
+    known = max(min(shape.max_step_tokens // count, shape.max_model_len - 1), 1)
     trial = TrialRequests(executor, count, known, 1, SAMPLED)
     trial.prefill()
     trial.leave()

@@ -40,7 +40,7 @@ def test_a_pool_of_no_use_is_refused() -> None:
 
 
 def test_a_context_over_the_models_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_model_len is 65; .* at most 64"):
+    with pytest.raises(ValueError, match=r"max_model_len is 65; .* at most 64"):
         size_kv(replace(CONFIG, max_model_len=65), 64, BLOCK_BYTES, 123_456)
 
 

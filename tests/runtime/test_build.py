@@ -1,0 +1,157 @@
+"""From a configuration to an executor, on a model of random weights, under the real core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from chiron_engine.config import EngineConfig
+from chiron_engine.core.engine_core import EngineCore
+from chiron_engine.core.requests import build_request
+from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo, SloClass
+from chiron_engine.runtime import build
+from chiron_engine.runtime.build import build_executor, resolve_device, resolve_dtype
+from chiron_engine.runtime.errors import OutOfMemory
+from chiron_engine.runtime.torch_executor import TorchExecutor
+from chiron_engine.runtime.trial_steps import TrialRequests, measure_swap_costs
+from scripts.gpu_suite.random_llama import write_random_llama
+
+SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    write_random_llama(path, "tiny", torch.device("cpu"))
+    return EngineConfig(
+        str(path),
+        device="cpu",
+        dtype="float32",
+        kv_cache_memory=1 << 20,
+        swap_space=1 << 20,
+        max_num_seqs=8,
+        threads=1,
+    )
+
+
+@pytest.fixture
+def executor(config: EngineConfig) -> Iterator[TorchExecutor]:
+    built, _ = build_executor(config)
+    yield built
+    built.close()
+
+
+def test_phases_are_reported_in_order(config: EngineConfig) -> None:
+    seen: list[tuple[str, float]] = []
+    executor, spec = build_executor(config, lambda phase, fraction: seen.append((phase, fraction)))
+    done = [phase for phase, fraction in seen if fraction == 1.0]
+    assert done[0] == "load weights"
+    assert done[1].startswith("KV cache of 128 blocks = 2,048 tokens = 4.0 requests of 512 tokens")
+    assert done[2] == "warm up"
+    assert spec.max_model_len == 512
+    shape = executor.shape
+    assert (shape.num_device_blocks, shape.num_host_blocks, shape.max_slots) == (128, 128, 8)
+    assert (shape.block_size, shape.max_step_tokens, shape.vocab_size) == (16, 512, 512)
+    assert shape.pipeline_depth == 1
+
+
+def run_core(prompts: list[list[int]], core: EngineCore) -> list[Request]:
+    requests = [
+        build_request(
+            number,
+            tokens,
+            replace(SAMPLED, seed=sum(tokens)),
+            shape=core.shape,
+            eos_token_ids=(),
+            draw_seed=lambda: 0,
+            arrival=0.0,
+            slo=Slo(SloClass.BATCH),
+        )
+        for number, tokens in enumerate(prompts)
+    ]
+    for request in requests:
+        core.add(request)
+    for step in range(10_000):
+        if not core.has_work:
+            break
+        if step == 12:
+            core.set_limits(2, 64, "preempt")
+        if step == 30:
+            core.set_limits(8, 512)
+        core.step()
+    return requests
+
+
+def test_a_core_with_too_little_room_yields_what_each_request_yields_alone(config: EngineConfig) -> None:
+    """Sampled streams under preemption, swaps, prefix hits and a shrinking batch."""
+    prompts = [[(7 * i + j) % 500 for j in range(5 + 9 * i)] for i in range(10)]
+    prompts += [[*prompts[4], 3], [*prompts[9], 1, 2]]
+    small, _ = build_executor(replace(config, kv_cache_memory=24 * 8192, max_model_len=256))
+    core = EngineCore(small)
+    together = run_core(prompts, core)
+    assert core.load().preemptions > 0
+    assert core.load().free_blocks == core.load().total_blocks
+    alone, _ = build_executor(config)
+    for request, tokens in zip(together, prompts, strict=True):
+        only = run_core([tokens], EngineCore(alone, enable_prefix_caching=False))[0]
+        assert list(request.output_ids) == list(only.output_ids)
+        assert len(only.output_ids) == SAMPLED.max_tokens
+    small.close()
+    alone.close()
+
+
+def test_swap_costs_are_measured(executor: TorchExecutor) -> None:
+    costs = measure_swap_costs(executor)
+    assert 0 < costs.copy_out_s < 1
+    assert 0 < costs.copy_in_s < 1
+    assert 0 < costs.recompute_s < 1
+
+
+def test_trial_requests_that_do_not_fit_are_refused(executor: TorchExecutor) -> None:
+    with pytest.raises(ValueError, match="9 slots"):
+        TrialRequests(executor, 9, 4, 1)
+    with pytest.raises(ValueError, match="132 blocks"):
+        TrialRequests(executor, 4, 512, 1)
+
+
+def test_the_context_shrinks_to_a_small_pool(config: EngineConfig) -> None:
+    executor, _ = build_executor(replace(config, kv_cache_memory=10 * 8192))
+    assert executor.shape.max_model_len == 160
+    executor.close()
+
+
+def test_too_little_memory_is_named(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutOfMemory, match="one request of 512 tokens"):
+        build_executor(replace(config, kv_cache_memory=10 * 8192, max_model_len=512))
+    with pytest.raises(OutOfMemory, match="lower kv_cache_memory or swap_space") as caught:
+        build_executor(replace(config, kv_cache_memory=1 << 50))
+    assert caught.value.needed == (1 << 50) + (1 << 20)
+    monkeypatch.setattr(build, "available_bytes", lambda: 1000)
+    with pytest.raises(OutOfMemory, match="loading tiny"):
+        build_executor(config)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", ""])
+def test_unknown_devices_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="auto, cpu, cuda"):
+        resolve_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_a_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="no CUDA device"):
+        resolve_device("cuda:0")
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_dtypes() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_dtype("bfloat16", cpu) is torch.bfloat16
+    assert resolve_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    with pytest.raises(ValueError, match="float16, which is for CUDA"):
+        resolve_dtype("float16", cpu)
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        resolve_dtype("int8", cpu)
