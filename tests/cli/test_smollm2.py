@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,7 @@ pytestmark = [
     ),
 ]
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 # Ones that the model itself gets right, by a wide margin, in float32 and bfloat16.
 CAPITALS = {"France": "Paris", "Germany": "Berlin", "Japan": "Tokyo"}
 
@@ -55,3 +59,12 @@ def test_serve_answers_many_clients_sensibly() -> None:
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
         assert wait_gone(engines)
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    programs = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(programs) == 2
+    for program in programs:
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert len(result.stdout) > 10
