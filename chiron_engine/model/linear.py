@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch.nn.functional import linear
 
 # Rows for which oneDNN chooses the layout of packed weights; other counts use the same layout.
 _PACKED_FOR_ROWS = 32
+
+# From this many rows on, a bfloat16 product costs more than widening the weight and multiplying in
+# float32, on a CPU without matrix tiles (2 cores with AVX-512: 512 rows through SmolLM2's layers take
+# 912 ms of CPU time against 1,320; 128 rows are even).
+_WIDEN_FROM_ROWS = 256
+
+_OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
 
 
 class Linear:
@@ -16,7 +25,7 @@ class Linear:
     every call; the dense one is not kept.
     """
 
-    __slots__ = ("_bias", "_packed", "_weight")
+    __slots__ = ("_bias", "_packed", "_weight", "_widen_from")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._bias = bias
@@ -24,8 +33,12 @@ class Linear:
         if self._packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
         self._weight = weight
+        self._widen_from = _WIDEN_FROM_ROWS if self._packed and widening_pays(weight.dtype) else sys.maxsize
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] >= self._widen_from:
+            bias = None if self._bias is None else self._bias.float()
+            return linear(x.float(), self._weight.to_dense(torch.float32), bias).to(x.dtype)
         if self._packed:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return linear(x, self._weight, self._bias)
@@ -35,6 +48,13 @@ def can_pack(weight: torch.Tensor) -> bool:
     """Whether this build and this CPU have oneDNN's packed linear for the weight's type."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
+    if not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATIONS):
+        return False
     if weight.dtype == torch.float32:
         return True
     return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def widening_pays(dtype: torch.dtype) -> bool:
+    """Whether large products of this type are slower than float32 ones on this CPU."""
+    return dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_tile", False)

@@ -53,5 +53,11 @@ def load_model(
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What dtype `auto` means."""
+    """What dtype `auto` means: float32 on the CPU, where it is also what repeats a resumed stream
+    token for token, and bfloat16 elsewhere.
+
+    Measured on 2 AVX-512 cores without matrix tiles (SmolLM2, ms of CPU time for one forward pass at
+    1/8/32/64 decoding rows of context 160, then a 512-token prompt): float32 54/82/165/288, 947;
+    bfloat16 37/66/172/326, 1,200. Above 32 rows and for prompts float32 wins.
+    """
     return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import embedding, rms_norm, silu
 
 from chiron_engine.model.attention import AttentionBackend, AttentionBatch
 from chiron_engine.model.checkpoint import Checkpoint
@@ -81,7 +81,11 @@ class LlamaModel:
         weights = Checkpoint(path, dtype, device)
         table = (config.vocab_size, config.hidden_size)
         self._embedding = weights.read("model.embed_tokens.weight", table)
-        self._head = self._embedding if config.tied_embeddings else weights.read("lm_head.weight", table)
+        # Packed apart from the table even where the two are tied: the table is then only looked up in,
+        # and stays a view of the file where the file has the dtype asked for.
+        self._head = Linear(
+            self._embedding if config.tied_embeddings else weights.read("lm_head.weight", table)
+        )
         self._norm = weights.read("model.norm.weight", (config.hidden_size,))
         self._rope = Rope(config.rope, dtype, device)
         self._attention = attention
@@ -109,7 +113,7 @@ class LlamaModel:
             gate, up = layer.gate_up(self._normalise(x, layer.mlp_norm)).chunk(2, dim=-1)
             x = x + layer.down(silu(gate) * up)
         x = self._normalise(x[sample_rows], self._norm)
-        return linear(x, self._head).float()
+        return self._head(x).float()
 
     def _attend(
         self,
