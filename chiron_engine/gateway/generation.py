@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from chiron_engine.rpc.errors import RpcFailure, exhausted, unavailable
+from chiron_engine.rpc.raw_handlers import send_headers
 from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, types_pb2
 
 from .engine_link import EngineLink
@@ -48,6 +49,7 @@ class Generation:
         self._text = OutputText(text.detokenizer(), prompt.stops)
         self._stream = link.submit(prompt.token_ids, prompt.sampling, prompt.slo, request_id)
         self._aborted = False
+        self._has_sent_headers = False
 
     def abort(self) -> None:
         """End the request in the engine, if it has not ended there."""
@@ -76,7 +78,7 @@ class Generation:
                 await self._end(chunk, context)
                 return None
             if chunk.token_ids:
-                await _write(context, chunk)
+                await self._write(context, chunk)
 
     def _chunk(self, tokens: list[int], stream: TokenStream) -> inference_pb2.GenerateChunk:
         """Tokens up to a stop string. The token with which the engine stopped is an id, not text."""
@@ -102,7 +104,7 @@ class Generation:
         """The text goes out at once; the last chunk waits for the engine's counters, a step away."""
         self._stream.abort()
         if chunk.text or chunk.token_ids:
-            await _write(context, chunk)
+            await self._write(context, chunk)
         try:
             async with asyncio.timeout(STOP_REPORT_TIMEOUT_S):
                 await self._stream.wait_ended()
@@ -117,7 +119,7 @@ class Generation:
         failure = self._failure(finished)
         if failure is not None:
             if chunk.token_ids:
-                await _write(context, chunk)
+                await self._write(context, chunk)
             raise failure
         assert finished is not None  # `_failure` speaks up otherwise
         chunk.text += self._text.finish()
@@ -145,7 +147,21 @@ class Generation:
         chunk.usage.completion_tokens = self._completion_tokens
         chunk.usage.cached_tokens = finished.cached_tokens
         chunk.timing.CopyFrom(self._timing(finished))
-        await _write(context, chunk)
+        await self._write(context, chunk)
+
+    async def _write(
+        self, context: grpc.aio.ServicerContext, chunk: inference_pb2.GenerateChunk
+    ) -> None:
+        """Waits while the client does not read, but not for ever."""
+        if not self._has_sent_headers:
+            await send_headers(context)
+            self._has_sent_headers = True
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await context.write(chunk)
+        except TimeoutError:
+            message = f"the client read nothing for {WRITE_TIMEOUT_S:.0f} s; the request was ended"
+            raise exhausted(message, "slow_reader", None) from None
 
     def _timing(self, finished: engine_pb2.Finished) -> inference_pb2.Timing:
         times = self._stream.times
@@ -159,13 +175,3 @@ class Generation:
             preemptions=finished.preemptions,
         )
 
-
-async def _write(context: grpc.aio.ServicerContext, chunk: inference_pb2.GenerateChunk) -> None:
-    """Waits while the client does not read, but not for ever."""
-    try:
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            await context.write(chunk)
-    except TimeoutError:
-        raise exhausted(
-            f"the client read nothing for {WRITE_TIMEOUT_S:.0f} s; the request was ended", "slow_reader", None
-        ) from None

@@ -114,6 +114,13 @@ def _guarded(call: Callable[..., Any], method: str) -> Callable[..., Any]:
     return guarded
 
 
+async def send_headers(context: grpc.aio.ServicerContext) -> None:
+    """Send the headers apart from the first message. A handler whose writes may block does this
+    just before its first one: gRPC sends headers and first message as one operation, and until
+    that is done it can send no error status either, so that the client would wait for ever."""
+    await context.send_initial_metadata(())
+
+
 async def _abort(context: grpc.aio.ServicerContext, method: str, failure: RpcFailure) -> None:
     try:
         await context.abort(failure.code, failure.message, failure.trailing_metadata)

@@ -58,8 +58,9 @@ def test_a_client_that_reads_nothing_loses_its_request_and_no_other(
 
             seen: list[int] = []
             with pytest.raises(grpc.aio.AioRpcError) as error:
-                async for chunk in unread:
-                    seen += chunk.token_ids
+                async with asyncio.timeout(10.0):
+                    async for chunk in unread:
+                        seen += chunk.token_ids
             assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert error_code(error.value) == "slow_reader"
             first = (31 + ord("h") * 7 + 1) % SHAPE.vocab_size
