@@ -88,7 +88,8 @@ class TorchExecutor:
         return self._shape
 
     def submit(self, plan: StepPlan) -> TorchStep:
-        """Start a step. Raises RuntimeError when closed or when too many steps are under way."""
+        """Start a step. Raises RuntimeError when closed or when too many steps are under way. Any
+        other exception leaves slots in an unknown state: the executor is then only good to close."""
         if self._closed:
             raise RuntimeError("the executor is closed")
         if len(self._under_way) >= self._shape.pipeline_depth:

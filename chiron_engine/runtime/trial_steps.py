@@ -13,6 +13,7 @@ from chiron_engine.policy.iteration.request import GREEDY, Request, SamplingPara
 from .torch_executor import TorchExecutor
 
 WARM_UP_TOKENS = 32
+RECOMPUTED_TOKENS = 256
 # Exercises every stage of the sampler.
 SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.9)
 
@@ -70,15 +71,16 @@ class TrialRequests:
 
 
 def warm_up(executor: TorchExecutor) -> None:
-    """One prompt, then two tokens for it, then the sampler's every stage: what is built or tuned
-    at first use is then ready."""
+    """A prompt and up to two more steps for it, greedy and with the sampler's every stage: what is
+    built or tuned at first use is then ready."""
     shape = executor.shape
-    known = min(WARM_UP_TOKENS, shape.max_step_tokens, shape.max_model_len - 2)
+    known = min(WARM_UP_TOKENS, shape.max_step_tokens, shape.max_model_len - 1)
+    room = min(2, shape.max_model_len - known)
     for sampling in (GREEDY, SAMPLED):
-        trial = TrialRequests(executor, 1, known, 2, sampling)
+        trial = TrialRequests(executor, 1, known, room, sampling)
         trial.prefill()
-        trial.decode()
-        trial.decode()
+        for _ in range(room):
+            trial.decode()
         trial.leave()
 
 
@@ -103,11 +105,10 @@ def measure_swap_costs(executor: TorchExecutor) -> SwapCosts:
 
 
 def _recompute_seconds(executor: TorchExecutor) -> float:
-    """Seconds a prompt token takes in a chunk as large as a step allows, the best of two."""
+    """Seconds a prompt token takes in a chunk of RECOMPUTED_TOKENS or what fits, the best of two."""
     shape = executor.shape
-    known = min(
-        shape.max_step_tokens, shape.max_model_len - 1, shape.num_device_blocks * shape.block_size - 1
-    )
+    room = min(shape.max_model_len, shape.num_device_blocks * shape.block_size) - 1
+    known = min(RECOMPUTED_TOKENS, shape.max_step_tokens, room)
     trial = TrialRequests(executor, 1, known, 1)
     start = time.perf_counter()
     best = trial.prefill()

@@ -11,6 +11,7 @@ import torch
 from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
+from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo, SloClass
 from chiron_engine.runtime import build
 from chiron_engine.runtime.build import build_executor, resolve_device, resolve_dtype
@@ -19,7 +20,7 @@ from chiron_engine.runtime.torch_executor import TorchExecutor
 from chiron_engine.runtime.trial_steps import TrialRequests, measure_swap_costs
 from scripts.gpu_suite.random_llama import write_random_llama
 
-SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9, max_tokens=24)
+SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,12 @@ def test_phases_are_reported_in_order(config: EngineConfig) -> None:
     assert shape.pipeline_depth == 1
 
 
-def run_core(prompts: list[list[int]], core: EngineCore) -> list[Request]:
+def run_core(prompts: list[list[int]], core: EngineCore, max_tokens: int = 24) -> list[Request]:
     requests = [
         build_request(
             number,
             tokens,
-            replace(SAMPLED, seed=sum(tokens)),
+            replace(SAMPLED, seed=sum(tokens), max_tokens=max_tokens),
             shape=core.shape,
             eos_token_ids=(),
             draw_seed=lambda: 0,
@@ -77,9 +78,9 @@ def run_core(prompts: list[list[int]], core: EngineCore) -> list[Request]:
     for step in range(10_000):
         if not core.has_work:
             break
-        if step == 12:
+        if step == 12 and core.shape.max_slots == 8:
             core.set_limits(2, 64, "preempt")
-        if step == 30:
+        if step == 30 and core.shape.max_slots == 8:
             core.set_limits(8, 512)
         core.step()
     return requests
@@ -98,7 +99,7 @@ def test_a_core_with_too_little_room_yields_what_each_request_yields_alone(confi
     for request, tokens in zip(together, prompts, strict=True):
         only = run_core([tokens], EngineCore(alone, enable_prefix_caching=False))[0]
         assert list(request.output_ids) == list(only.output_ids)
-        assert len(only.output_ids) == SAMPLED.max_tokens
+        assert len(only.output_ids) == 24
     small.close()
     alone.close()
 
@@ -120,6 +121,17 @@ def test_trial_requests_that_do_not_fit_are_refused(executor: TorchExecutor) -> 
 def test_the_context_shrinks_to_a_small_pool(config: EngineConfig) -> None:
     executor, _ = build_executor(replace(config, kv_cache_memory=10 * 8192))
     assert executor.shape.max_model_len == 160
+    executor.close()
+
+
+def test_the_smallest_engine_there_is(config: EngineConfig) -> None:
+    least = replace(
+        config, max_model_len=2, block_size=1, max_num_seqs=1, max_num_batched_tokens=1, swap_space=0
+    )
+    executor, _ = build_executor(least)
+    request = run_core([[5]], EngineCore(executor), max_tokens=1)[0]
+    assert len(request.output_ids) == 1
+    assert measure_swap_costs(executor) == SwapCosts()
     executor.close()
 
 
