@@ -149,9 +149,7 @@ class Generation:
         chunk.timing.CopyFrom(self._timing(finished))
         await self._write(context, chunk)
 
-    async def _write(
-        self, context: grpc.aio.ServicerContext, chunk: inference_pb2.GenerateChunk
-    ) -> None:
+    async def _write(self, context: grpc.aio.ServicerContext, chunk: inference_pb2.GenerateChunk) -> None:
         """Waits while the client does not read, but not for ever."""
         if not self._has_sent_headers:
             await send_headers(context)
@@ -174,4 +172,3 @@ class Generation:
             queue_ms=finished.queue_s * 1e3,
             preemptions=finished.preemptions,
         )
-

@@ -207,9 +207,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         limits.check_length(len(ids), sampling.max_tokens, hello.max_model_len)
         return Prompt(ids, request.sampling, request.slo, stops)
 
-    async def _prompt_ids(
-        self, request: inference_pb2.GenerateRequest, hello: engine_pb2.Hello
-    ) -> list[int]:
+    async def _prompt_ids(self, request: inference_pb2.GenerateRequest, hello: engine_pb2.Hello) -> list[int]:
         kind = request.WhichOneof("prompt")
         if kind == "token_ids":
             return limits.check_token_ids(request.token_ids.ids, hello.vocab_size)

@@ -127,7 +127,6 @@ async def _abort(context: grpc.aio.ServicerContext, method: str, failure: RpcFai
     except grpc.aio.AbortError:
         raise
     except Exception:
-        # A write is still under way, to a peer that does not read: no status can be sent, and the
-        # stream is reset instead.
-        log.warning("%s: reset the stream of a peer that does not read (%s)", method, failure.message)
+        # The peer is gone or the server has stopped: there is nobody to tell.
+        log.debug("%s: could not send the status (%s)", method, failure.message, exc_info=True)
         raise asyncio.CancelledError from None

@@ -41,9 +41,7 @@ def byte_fallback() -> Tokenizer:
 
 BYTE_LEVEL = Vocabulary(byte_level())
 BYTE_FALLBACK = Vocabulary(byte_fallback())
-SIZE = {
-    id(vocabulary): vocabulary.tokenizer.get_vocab_size() for vocabulary in (BYTE_LEVEL, BYTE_FALLBACK)
-}
+SIZE = {id(vocabulary): vocabulary.tokenizer.get_vocab_size() for vocabulary in (BYTE_LEVEL, BYTE_FALLBACK)}
 
 
 def stream(vocabulary: Vocabulary, ids: list[int], skip: bool) -> list[str]:
