@@ -16,7 +16,7 @@ from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo,
 from chiron_engine.rpc.client import sampling
 from chiron_engine.rpc.errors import RpcFailure
 from chiron_engine.rpc.v1 import engine_pb2, types_pb2
-from chiron_engine.serving import engine_service
+from chiron_engine.serving import engine_stream
 from chiron_engine.serving.engine_loop import EngineLoop
 from chiron_engine.serving.engine_service import EngineService
 from tests.gateway.serving_stack import DESCRIPTION, SHAPE, running_engine, slow_executor
@@ -169,7 +169,7 @@ def serve_directly(submits: list[engine_pb2.Submit], requests: list[Request]) ->
 
 
 def test_a_gateway_that_does_not_read_is_cut_off_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_service, "MAX_PENDING_TOKENS", 2000)
+    monkeypatch.setattr(engine_stream, "MAX_PENDING_TOKENS", 2000)
     seen: list[Request] = []
     with pytest.raises(RpcFailure, match="read too slowly") as failure:
         serve_directly([submit(handle, 1000) for handle in range(1, 10)], seen)
@@ -177,7 +177,7 @@ def test_a_gateway_that_does_not_read_is_cut_off_at_the_bound(monkeypatch: pytes
 
 
 def test_sampling_and_slo_reach_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_service, "MAX_PENDING_TOKENS", 20)
+    monkeypatch.setattr(engine_stream, "MAX_PENDING_TOKENS", 20)
     slo = types_pb2.Slo(slo_class=types_pb2.SLO_CLASS_BATCH, itl_slo_ms=500.0, deadline_s=60.0)
     params = sampling(
         temperature=0.5, top_p=0.9, top_k=7, seed=3, max_tokens=9, stop_token_ids=[4], ignore_eos=True
