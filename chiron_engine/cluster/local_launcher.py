@@ -45,7 +45,8 @@ class LocalLauncher:
     """Starts copies of one command, each of which reports on its standard output.
 
     command: arguments of an engine that binds a port of the system's choice; `--parent-pid` is
-    added. on_phase(index, phase): load progress. on_log(index, line): everything else it writes.
+    added. gpus: where not empty, engine i sees only the i-th. on_phase(index, phase): load
+    progress. on_log(index, line): everything else it writes.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class LocalLauncher:
         command: Sequence[str],
         *,
         threads: int,
+        gpus: Sequence[str] = (),
         on_phase: Callable[[int, LoadPhase], None],
         on_log: Callable[[int, str], None],
     ) -> None:
         self._command = [*command, "--parent-pid", str(os.getpid())]
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        self._gpus = gpus
         self._on_phase = on_phase
         self._on_log = on_log
         self._processes: dict[int, Process] = {}
@@ -76,7 +79,7 @@ class LocalLauncher:
             stdout=PIPE,
             stderr=PIPE,
             start_new_session=True,
-            env=self._environment,
+            env=self._environment_of(index),
         )
         self._processes[index] = process
         verdict: asyncio.Future[EngineReady | EngineFailed] = asyncio.get_running_loop().create_future()
@@ -114,6 +117,11 @@ class LocalLauncher:
         for process in self._live():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+    def _environment_of(self, index: int) -> dict[str, str]:
+        if not self._gpus:
+            return self._environment
+        return {**self._environment, "CUDA_VISIBLE_DEVICES": self._gpus[index]}
 
     def _live(self) -> list[Process]:
         return [process for process in self._processes.values() if process.returncode is None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,14 +15,12 @@ from chiron_engine.config import EngineConfig, GatewayConfig
 from .console import LoadPhases, note
 from .engine_options import engine_config, with_engine_options
 from .example_request import example_request
-from .exits import CommandError, load_errors, port_errors, stop_code
+from .exits import CommandError, load_errors, port_errors
 from .logs import set_up_logging
-from .report_channel import ReportChannel
 from .server_options import gateway_config, reachable, with_server_options
 
 if TYPE_CHECKING:
-    from chiron_engine.serving.core_setup import LoadedModel, Progress
-    from chiron_engine.serving.engine_process import LoadedEngine
+    from chiron_engine.serving.core_setup import LoadedModel
 
 
 @with_engine_options
@@ -44,12 +41,10 @@ def engine(
     config = engine_config(model, engine)
     listen = gateway_config(server, config.max_queued_requests)
     set_up_logging(server["log_level"])
-    if headless:
-        sys.exit(_run_headless(config, listen, parent_pid))
-    sys.exit(asyncio.run(_serve_alone(config, listen)))
+    sys.exit(_run_headless(config, listen, parent_pid) if headless else _run_alone(config, listen))
 
 
-async def _serve_alone(config: EngineConfig, listen: GatewayConfig) -> int:
+def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
     from chiron_engine.gateway.server import Gateway
     from chiron_engine.gateway.text import ModelText
     from chiron_engine.model.source import resolve_model
@@ -60,22 +55,20 @@ async def _serve_alone(config: EngineConfig, listen: GatewayConfig) -> int:
     phases = LoadPhases()
     with load_errors():
         # The gateway answers, with "loading", before the weights are there; it needs the tokenizer.
-        path = resolve_model(config.model, phases)
-        text = ModelText.from_directory(path)
+        text = ModelText.from_directory(resolve_model(config.model, phases))
 
-    def announce(port: int) -> None:
+    def announce(port: int, loaded: LoadedModel) -> None:
         phases.done()
-        note(f"ready on {reachable(listen.host, port)}")
+        note(f"serving {loaded.name} on {reachable(listen.host, port)}; try:")
         print(example_request(reachable(listen.host, port), text.has_chat_template), flush=True)
 
-    name = config.served_model_name or config.model
-    return await _run(
-        config,
-        listen,
-        phases,
-        companion=lambda address: Gateway(text, name, [address], listen.max_queued_requests),
-        on_ready=announce,
-    )
+    def gateway(address: str) -> Gateway:
+        name = config.served_model_name or config.model
+        return Gateway(text, name, [address], listen.max_queued_requests)
+
+    from .engine_runner import EngineRunner
+
+    return asyncio.run(EngineRunner(config, listen, phases).run(announce, gateway))
 
 
 def _run_headless(config: EngineConfig, listen: GatewayConfig, parent_pid: int | None) -> int:
@@ -83,70 +76,21 @@ def _run_headless(config: EngineConfig, listen: GatewayConfig, parent_pid: int |
     from chiron_engine.cluster.engine_report import EngineFailed, EngineReady, LoadPhase
     from chiron_engine.cluster.parent_death import die_with_parent
 
+    from .engine_runner import EngineRunner
+    from .report_channel import ReportChannel
+
     if parent_pid is not None:
         die_with_parent(parent_pid)
     channel = ReportChannel()
-    loaded: list[LoadedModel] = []
 
-    def announce(port: int) -> None:
-        channel.send(EngineReady(reachable(listen.host, port), os.getpid(), str(loaded[0].path)))
+    def announce(port: int, loaded: LoadedModel) -> None:
+        channel.send(EngineReady(reachable(listen.host, port), os.getpid(), str(loaded.path)))
 
     def progress(phase: str, fraction: float) -> None:
         channel.send(LoadPhase(phase, fraction))
 
     try:
-        return asyncio.run(_run(config, listen, progress, on_ready=announce, on_loaded=loaded.append))
+        return asyncio.run(EngineRunner(config, listen, progress).run(announce))
     except CommandError as error:
         channel.send(EngineFailed(error.code, error.message))
         return error.code
-
-
-async def _run(
-    config: EngineConfig,
-    listen: GatewayConfig,
-    progress: Progress,
-    *,
-    companion: Any = None,
-    on_ready: Any,
-    on_loaded: Any = lambda loaded: None,
-) -> int:
-    from chiron_engine.model.source import resolve_model
-    from chiron_engine.rpc.shutdown import Shutdown
-    from chiron_engine.serving.core_setup import load_core
-    from chiron_engine.serving.engine_process import EngineFailed, LoadedEngine, run_engine
-    from chiron_engine.serving.engine_service import EngineDescription
-
-    shutdown = Shutdown(listen.drain_timeout_s)
-    shutdown.install()
-    with ExitStack() as resources:
-
-        def load(report_phase: Any) -> LoadedEngine:
-            def report(phase: str, fraction: float) -> None:
-                report_phase(phase)
-                progress(phase, fraction)
-
-            with load_errors():
-                resolve_model(config.model, report)  # says what is wrong before torch is imported
-                loaded = load_core(config, resources, report)
-            on_loaded(loaded)
-            description = EngineDescription(
-                loaded.name, loaded.architecture, loaded.dtype, loaded.eos_token_ids
-            )
-            return LoadedEngine(loaded.core, description)
-
-        try:
-            with port_errors():
-                await run_engine(
-                    load,
-                    host=listen.host,
-                    port=listen.grpc_port,
-                    seed=config.seed,
-                    reflection=listen.reflection,
-                    max_message_bytes=listen.max_message_bytes,
-                    shutdown=shutdown,
-                    companion=companion,
-                    on_ready=on_ready,
-                )
-        except EngineFailed as error:
-            raise CommandError(str(error)) from error
-    return stop_code(shutdown.signal)

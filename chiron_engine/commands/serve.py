@@ -13,7 +13,7 @@ from typer import Option
 from chiron_engine.config import EngineConfig, GatewayConfig
 
 from .engine_options import engine_config, to_arguments, with_engine_options
-from .exits import port_errors
+from .exits import port_errors, usage_error
 from .logs import set_up_logging
 from .server_options import gateway_config, with_server_options
 
@@ -35,10 +35,13 @@ def serve(
     config = engine_config(model, engine)
     listen = gateway_config(server, config.max_queued_requests * engines)
     set_up_logging(server["log_level"])
+    if engines > 1 and config.step_log is not None:
+        raise usage_error("--step-log is for one engine; several would write into the same file")
+    gpus = gpus_for(config, engines)
     _check_port(listen)
     from .serve_engines import Service
 
-    service = Service(listen, engine_command(config, engines, server["log_level"]), engines, config)
+    service = Service(listen, engine_command(config, engines, server["log_level"]), engines, config, gpus)
     sys.exit(asyncio.run(service.run()))
 
 
@@ -48,6 +51,18 @@ def _check_port(listen: GatewayConfig) -> None:
 
     with port_errors():
         check_free(listen.host, listen.grpc_port)
+
+
+def gpus_for(config: EngineConfig, engines: int) -> list[str]:
+    """One GPU for each engine; none where they run on the CPU. Raises CommandError (usage)."""
+    from chiron_engine.cluster.gpus import usable_gpus
+
+    if config.device not in ("auto", "cuda"):
+        return []
+    gpus = usable_gpus()
+    if gpus and len(gpus) < engines:
+        raise usage_error(f"{engines} engines take a GPU each and there are {len(gpus)}; or add --device cpu")
+    return gpus[:engines]
 
 
 def engine_command(config: EngineConfig, engines: int, log_level: str) -> list[str]:

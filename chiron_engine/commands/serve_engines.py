@@ -33,13 +33,21 @@ STOP_GRACE_S = 10.0
 class Service:
     """One gateway and `engines` equal engine processes. `run` returns the exit code."""
 
-    def __init__(self, listen: GatewayConfig, command: Sequence[str], engines: int, config: EngineConfig):
+    def __init__(
+        self,
+        listen: GatewayConfig,
+        command: Sequence[str],
+        engines: int,
+        config: EngineConfig,
+        gpus: Sequence[str] = (),
+    ) -> None:
         self._listen = listen
         self._config = config
         self._phases = [LoadPhases(f"engine {index}", live=engines == 1) for index in range(engines)]
         self._launcher = LocalLauncher(
             command,
             threads=config.threads or threads_per_engine(engines),
+            gpus=gpus,
             on_phase=self._show_phase,
             on_log=self._show_log,
         )

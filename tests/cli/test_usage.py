@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from chiron_engine.commands.engine_options import engine_config, to_arguments
-from chiron_engine.commands.serve import engine_command
+from chiron_engine.commands.exits import CommandError
+from chiron_engine.commands.serve import engine_command, gpus_for
 from chiron_engine.commands.sizes import format_size, parse_size
 from chiron_engine.config import EngineConfig
 from tests.cli.chiron_process import SMALL, chiron
@@ -23,6 +24,7 @@ USAGE = [
     (["serve", "m", "--engines", "0"], "--engines"),
     (["serve", "m", "--grpc-port", "70000"], "--grpc-port"),
     (["serve", "m", "--log-level", "loud"], "loud"),
+    (["serve", "m", "--engines", "2", "--step-log", "steps.jsonl"], "--step-log is for one engine"),
     (["engine", "m", "--dtype", "int8"], "int8"),
     (["engine", "m", "--device", "gpu"], "gpu"),
     (["engine", "m", "--swap-space", "4"], "4GiB"),
@@ -155,5 +157,15 @@ def test_an_engine_process_gets_the_same_configuration() -> None:
     assert "--no-enable-prefix-caching" in arguments
     assert parse_size(given["--kv-cache-memory"]) == 123456789
     assert to_arguments(engine_config("m", {})) == ["m"]
+    assert EngineConfig(model="m") == engine_config("m", {})
     command = engine_command(config, 1000, "info")
     assert command[command.index("--threads") + 1] == "1"
+
+
+def test_engines_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiron_engine.cluster.gpus.usable_gpus", lambda: ["0", "1", "2"])
+    config = EngineConfig(model="m")
+    assert gpus_for(config, 2) == ["0", "1"]
+    assert gpus_for(EngineConfig(model="m", device="cpu"), 9) == []
+    with pytest.raises(CommandError, match="4 engines take a GPU each and there are 3"):
+        gpus_for(config, 4)

@@ -35,7 +35,10 @@ def main() -> None:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         print(f"child {child.pid}", flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    say(EngineReady("127.0.0.1:1", os.getpid(), f"threads={os.environ['OMP_NUM_THREADS']}"))
+    path = f"threads={os.environ['OMP_NUM_THREADS']}"
+    if behaviour == "gpu":
+        path = f"gpu={os.environ['CUDA_VISIBLE_DEVICES']}"
+    say(EngineReady("127.0.0.1:1", os.getpid(), path))
     time.sleep(60)
 
 

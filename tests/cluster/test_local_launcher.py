@@ -11,9 +11,44 @@ from pathlib import Path
 import pytest
 
 from chiron_engine.cluster.engine_report import EngineFailed, EngineReady, LoadPhase, decode, encode
+from chiron_engine.cluster.gpus import usable_gpus
 from chiron_engine.cluster.local_launcher import EngineLaunchError, LocalLauncher, threads_per_engine
 
 FAKE = Path(__file__).parent / "fake_engine.py"
+
+
+def fake_nvidia_smi(folder: Path, output: str, code: int = 0) -> None:
+    script = folder / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\nprintf '{output}'\nexit {code}\n")
+    script.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("torch", "visible", "answer", "gpus"),
+    [
+        ("2.13.0+cpu", None, ("0\\n1\\n", 0), []),
+        ("2.13.0", None, ("0\\n1\\n", 0), ["0", "1"]),
+        ("2.13.0", None, ("no driver", 9), []),
+        ("2.13.0", "3, GPU-ab", ("0\\n", 0), ["3", "GPU-ab"]),
+        ("2.13.0", "", ("0\\n", 0), []),
+        ("2.13.0", "-1", ("0\\n", 0), []),
+    ],
+)
+def test_usable_gpus(
+    torch: str,
+    visible: str | None,
+    answer: tuple[str, int],
+    gpus: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_nvidia_smi(tmp_path, *answer)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: torch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert usable_gpus() == gpus
 
 
 class Seen:
@@ -21,10 +56,11 @@ class Seen:
         self.phases: list[tuple[int, LoadPhase]] = []
         self.logs: list[tuple[int, str]] = []
 
-    def launcher(self, behaviour: str) -> LocalLauncher:
+    def launcher(self, behaviour: str, gpus: tuple[str, ...] = ()) -> LocalLauncher:
         return LocalLauncher(
             [sys.executable, str(FAKE), behaviour],
             threads=3,
+            gpus=gpus,
             on_phase=lambda index, phase: self.phases.append((index, phase)),
             on_log=lambda index, line: self.logs.append((index, line)),
         )
@@ -87,6 +123,16 @@ def test_starts_follows_and_stops() -> None:
     asyncio.run(scenario())
 
 
+def test_each_engine_sees_its_own_gpu() -> None:
+    async def scenario() -> None:
+        launcher = Seen().launcher("gpu", ("5", "GPU-ab"))
+        engines = await asyncio.gather(launcher.launch(0), launcher.launch(1))
+        assert [engine.ready.model_path for engine in engines] == ["gpu=5", "gpu=GPU-ab"]
+        await launcher.stop(grace_s=5)
+
+    asyncio.run(scenario())
+
+
 def test_an_engine_that_dies_is_noticed() -> None:
     async def scenario() -> None:
         launcher = Seen().launcher("serve")
@@ -128,6 +174,7 @@ def test_what_ignores_sigterm_is_killed_with_its_children() -> None:
 
 PARENT = """
 import asyncio, os, sys
+from chiron_engine.cluster.gpus import usable_gpus
 from chiron_engine.cluster.local_launcher import LocalLauncher
 async def main():
     launcher = LocalLauncher([sys.executable, sys.argv[1], "deaf"], threads=1,

@@ -1,0 +1,70 @@
+"""Runs one engine in this process, from a configuration to its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+from chiron_engine.config import EngineConfig, GatewayConfig
+from chiron_engine.model.source import resolve_model
+from chiron_engine.rpc.shutdown import Shutdown
+from chiron_engine.serving.core_setup import LoadedModel, Progress, load_core
+from chiron_engine.serving.engine_process import (
+    Companion,
+    EngineFailed,
+    LoadedEngine,
+    ReportPhase,
+    run_engine,
+)
+from chiron_engine.serving.engine_service import EngineDescription
+
+from .exits import CommandError, load_errors, port_errors, stop_code
+
+
+class EngineRunner:
+    """progress(phase, fraction): called while the model loads; the engine's status shows the phase too."""
+
+    def __init__(self, config: EngineConfig, listen: GatewayConfig, progress: Progress) -> None:
+        self._config = config
+        self._listen = listen
+        self._progress = progress
+        self._resources = ExitStack()
+
+    async def run(
+        self,
+        on_ready: Callable[[int, LoadedModel], None],
+        companion: Callable[[str], Companion] | None = None,
+    ) -> int:
+        """Until a signal stops it. on_ready(port, model): called once. Raises CommandError."""
+        shutdown = Shutdown(self._listen.drain_timeout_s)
+        shutdown.install()
+        with self._resources, port_errors():
+            try:
+                await run_engine(
+                    self._load,
+                    host=self._listen.host,
+                    port=self._listen.grpc_port,
+                    seed=self._config.seed,
+                    reflection=self._listen.reflection,
+                    max_message_bytes=self._listen.max_message_bytes,
+                    shutdown=shutdown,
+                    companion=companion,
+                    on_ready=lambda port: on_ready(port, self._loaded),
+                )
+            except EngineFailed as error:
+                raise CommandError(str(error)) from error
+        return stop_code(shutdown.signal)
+
+    def _load(self, report_phase: ReportPhase) -> LoadedEngine:
+        """Called in a thread of its own."""
+        report = partial(self._report, report_phase)
+        with load_errors():
+            resolve_model(self._config.model, report)  # says what is wrong before torch is imported
+            self._loaded = loaded = load_core(self._config, self._resources, report)
+        description = EngineDescription(loaded.name, loaded.architecture, loaded.dtype, loaded.eos_token_ids)
+        return LoadedEngine(loaded.core, description)
+
+    def _report(self, report_phase: ReportPhase, phase: str, fraction: float) -> None:
+        report_phase(phase)
+        self._progress(phase, fraction)
