@@ -19,13 +19,13 @@ MARKS = {OK: "ok  ", WARN: "warn", FAIL: "FAIL"}
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    port: Annotated[list[int] | None, typer.Option(help="Ports to look at (8000 and 50051).")] = None,
+    port: Annotated[list[int] | None, typer.Option(help="Ports to look at (50051).")] = None,
 ) -> None:
     """Check this machine: Python, torch, CPU, GPU, memory, disk, ports and versions.
 
     Exits with 1 if something keeps an engine from running.
     """
-    checks = run_checks(port or [8000, 50051])
+    checks = run_checks(port or [50051])
     if as_json:
         summary = {"version": __version__, "ok": not _failed(checks), "checks": [asdict(c) for c in checks]}
         print(json.dumps(summary, indent=1))

@@ -71,5 +71,6 @@ def engine_command(config: EngineConfig, engines: int, log_level: str) -> list[s
     from chiron_engine.cluster.local_launcher import threads_per_engine
 
     config = replace(config, threads=config.threads or threads_per_engine(engines))
-    launch = [sys.executable, "-m", "chiron_engine", "engine", "--headless", "--grpc-port", "0"]
+    # -P: no module of the folder this was started in may take the place of a real one.
+    launch = [sys.executable, "-P", "-m", "chiron_engine", "engine", "--headless", "--grpc-port", "0"]
     return [*launch, "--log-level", log_level, *to_arguments(config)]
