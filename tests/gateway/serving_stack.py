@@ -63,6 +63,12 @@ class RunningEngine:
     async def status(self) -> engine_pb2.EngineStatus:
         return await self.client.status()
 
+    async def wait_running(self, count: int) -> None:
+        """Return once this many requests run. Raises TimeoutError."""
+        async with asyncio.timeout(LONG_S):
+            while (await self.status()).load.running != count:
+                await asyncio.sleep(0.005)
+
     async def wait_idle(self, timeout: float = 1.0) -> None:
         """Return once nothing runs and every block is free. Raises TimeoutError."""
         async with asyncio.timeout(timeout):

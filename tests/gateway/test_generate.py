@@ -177,7 +177,7 @@ def test_64_streams_with_random_disconnects(model: Path) -> None:
 @pytest.mark.parametrize("when", ["queued", "decoding"])
 def test_disconnect_aborts_within_a_few_steps(model: Path, when: str) -> None:
     async def check() -> None:
-        async with serving(model, partial(slow_executor, 0.02)) as (client, engine):
+        async with serving(model, partial(slow_executor, 0.1)) as (client, engine):
             call = client.generate(ids(1, sampling=sampling(max_tokens=1000, ignore_eos=True)))
             if when == "decoding":
                 await anext(aiter(call))
@@ -226,10 +226,11 @@ def test_a_live_request_id_is_taken_until_it_ends(model: Path) -> None:
     async def check() -> None:
         async with serving(model, partial(slow_executor, 0.01)) as (client, _):
             request = ids(1, request_id="one", sampling=sampling(max_tokens=50, ignore_eos=True))
-            first = asyncio.create_task(client.generate_all(request))
-            await asyncio.sleep(0.1)
+            first = aiter(client.generate(request))
+            await anext(first)
             assert (await status_of(client.generate(request)))[0] is Code.ALREADY_EXISTS  # type: ignore[arg-type]
-            await first
+            async for _ in first:
+                pass
             assert await client.generate_all(request)
 
     asyncio.run(check())
@@ -293,11 +294,9 @@ def test_requests_spread_over_engines_by_load(model: Path) -> None:
         ):
             while (await gateway.client.model_info()).engines < 2:
                 await asyncio.sleep(0.01)
-            request = ids(1, sampling=sampling(max_tokens=100, ignore_eos=True))
+            request = ids(1, sampling=sampling(max_tokens=200, ignore_eos=True))
             calls = [asyncio.create_task(gateway.client.generate_all(request)) for _ in range(20)]
-            await asyncio.sleep(0.3)
-            running = [(await engine.status()).load.running for engine in (first, second)]
-            assert running == [10, 10]
+            await asyncio.gather(first.wait_running(10), second.wait_running(10))
             await asyncio.gather(*calls)
 
     asyncio.run(check())
@@ -312,15 +311,39 @@ def test_a_draining_engine_gets_no_more_and_finishes_what_it_has(model: Path) ->
         ):
             while (await gateway.client.model_info()).engines < 2:
                 await asyncio.sleep(0.01)
-            request = ids(1, sampling=sampling(max_tokens=60, seed=4, ignore_eos=True))
+            request = ids(1, sampling=sampling(max_tokens=150, seed=4, ignore_eos=True))
             calls = [asyncio.create_task(gateway.client.generate_all(request)) for _ in range(8)]
-            await asyncio.sleep(0.2)
+            await asyncio.gather(first.wait_running(4), second.wait_running(4))
             first.shutdown.request()
-            await asyncio.sleep(0.05)
+            while (await gateway.client.model_info()).engines == 2:
+                await asyncio.sleep(0.005)
             later = [asyncio.create_task(gateway.client.generate_all(request)) for _ in range(8)]
             for chunks in await asyncio.gather(*calls, *later):
-                assert tokens_of(chunks) == scripted(4, 1, 60)
+                assert tokens_of(chunks) == scripted(4, 1, 150)
             await asyncio.wait_for(first.task, 5)
             assert (await second.status()).load.running == 0
+
+    asyncio.run(check())
+
+
+def test_a_draining_gateway_finishes_its_streams_and_takes_no_more(model: Path) -> None:
+    async def check() -> None:
+        async with (
+            running_engine(partial(slow_executor, 0.01)) as engine,
+            running_gateway(model, [engine.client.address], drain_timeout_s=10.0) as gateway,
+        ):
+            client = gateway.client
+            request = ids(1, sampling=sampling(max_tokens=150, seed=4, ignore_eos=True))
+            calls = [asyncio.create_task(client.generate_all(request)) for _ in range(8)]
+            await engine.wait_running(8)
+            gateway.shutdown.request()
+            while await client.is_serving():
+                await asyncio.sleep(0.005)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await client.generate_all(request)
+            assert (error.value.code(), error_code(error.value)) == (Code.UNAVAILABLE, "draining")
+            for chunks in await asyncio.gather(*calls):
+                assert tokens_of(chunks) == scripted(4, 1, 150)
+            await asyncio.wait_for(gateway.task, 5.0)
 
     asyncio.run(check())

@@ -267,17 +267,19 @@ def test_sigterm_drains_and_exits_0(tmp_path: Path) -> None:
         async with (
             engine_process(0.01, 10.0, str(model)) as (process, address),
             InferenceClient(address) as client,
+            EngineClient(address) as engine,
         ):
             assert await client.is_serving()
-            calls = [asyncio.create_task(client.generate_all(ids(token, 100))) for token in range(10)]
-            await asyncio.sleep(0.3)
+            calls = [asyncio.create_task(client.generate_all(ids(token, 200))) for token in range(10)]
+            while (await engine.status()).load.running < 10:
+                await asyncio.sleep(0.01)
             process.send_signal(signal.SIGTERM)
             while await client.is_serving():
                 await asyncio.sleep(0.01)
             assert (await status_of(client.generate(ids(1, 5))))[0] is Code.UNAVAILABLE  # type: ignore[arg-type]
             for token, call in enumerate(calls):
                 got = [t for chunk in await call for t in chunk.token_ids]
-                assert got == scripted(token, 100)
+                assert got == scripted(token, 200)
             assert await exit_code(process, 5.0) == 0
 
     asyncio.run(check())
