@@ -15,15 +15,17 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.core.step_stats import StepStats, percentile
 from chiron_engine.policy.iteration.request import Request, SamplingParams
-from chiron_engine.runtime.build import build_executor
-from chiron_engine.runtime.torch_executor import TorchExecutor
+from chiron_engine.runtime.openmp import let_waiting_threads_sleep
+
+if TYPE_CHECKING:
+    from chiron_engine.runtime.torch_executor import TorchExecutor
 
 
 @dataclass(slots=True)
@@ -115,7 +117,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         threads=arguments.threads,
         swap_space=0,
     )
+    let_waiting_threads_sleep()
     started = time.perf_counter()
+    from chiron_engine.runtime.build import build_executor  # loads torch, which is part of getting ready
+
     executor, spec = build_executor(config)
     ready_s = time.perf_counter() - started
     peer = start_peer(arguments)

@@ -167,7 +167,7 @@ def _check_swap_space(swap: int, available: int) -> None:
 def _cuda_pool_bytes(config: EngineConfig, model: CausalLM, device: torch.device) -> int:
     """What `gpu_memory_utilization` of the device leaves beside everything on it now, the largest
     step, and what attention gathers."""
-    step_bytes = _largest_step_bytes(config, model, device)
+    step_bytes = _largest_step_bytes(config, model, device) + _mask_bytes(config, model)
     free, total = torch.cuda.mem_get_info(device)
     if config.kv_cache_memory is not None:
         left, share = free - step_bytes - CUDA_RESERVE, config.kv_cache_memory
@@ -176,6 +176,13 @@ def _cuda_pool_bytes(config: EngineConfig, model: CausalLM, device: torch.device
         return share
     left = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes - CUDA_RESERVE
     return int(max(left, 0) / (1 + GATHERED_LAYERS / len(model.spec.layers)))
+
+
+def _mask_bytes(config: EngineConfig, model: CausalLM) -> int:
+    """What the torch attention backend's mask takes for the largest chunk at the end of the longest
+    context: an additive mask and two of truth values."""
+    longest = min(config.max_model_len or model.spec.max_model_len, model.spec.max_model_len)
+    return min(config.max_num_batched_tokens, longest) * longest * (model.dtype.itemsize + 2)
 
 
 def _largest_step_bytes(config: EngineConfig, model: CausalLM, device: torch.device) -> int:

@@ -183,7 +183,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_suite.sh", description=__doc__)
     parser.add_argument("--cpu-trial", action="store_true", help="try the script on the CPU, tiny model")
     parser.add_argument("--model", action="append", choices=sorted(SHAPES), help="in place of the usual ones")
-    parser.add_argument("--seconds", type=float, default=520, help="stop starting new work after this long")
+    parser.add_argument("--seconds", type=float, default=480, help="stop starting new work after this long")
     parser.add_argument("--no-tests", action="store_true", help="measure only")
     parser.add_argument("--out", type=Path, help="folder of the results, in place of the device's own")
     return parser.parse_args()
