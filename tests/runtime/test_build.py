@@ -167,3 +167,29 @@ def test_dtypes() -> None:
         resolve_dtype("float16", cpu)
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         resolve_dtype("int8", cpu)
+
+
+def test_a_cuda_pool_leaves_room_for_steps_and_what_else_is_there(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arithmetic, with a pretended device: 1 GiB in use out of 10, a step of 64 MiB."""
+    cpu = torch.device("cpu")
+    gib = 1 << 30
+    model = build_executor(config)[0].model
+    peaks = iter([200 << 20, 200 << 20])
+    for name, value in {
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "empty_cache": lambda: None,
+        "memory_allocated": lambda device: 136 << 20,
+        "max_memory_allocated": lambda device: next(peaks),
+        "mem_get_info": lambda device: (9 * gib, 10 * gib),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    config = replace(config, kv_cache_memory=None, gpu_memory_utilization=0.5)
+    masks = 512 * 512 * 6
+    left = 5 * gib - gib - (64 << 20) - masks - build.CUDA_RESERVE
+    pool = build._cuda_pool_bytes(config, model, cpu)
+    assert pool == int(left / (1 + build.GATHERED_LAYERS / 2))
+    with pytest.raises(OutOfMemory, match="lower kv_cache_memory"):
+        build._cuda_pool_bytes(replace(config, kv_cache_memory=9 * gib), model, cpu)
