@@ -62,28 +62,28 @@ def test_the_printed_request_works_when_pasted(tiny_llama: Path) -> None:
         assert server.wait() == 130
 
 
+def start_stream(address: str, *more: str) -> subprocess.Popen[bytes]:
+    """A client whose stream has begun: its first byte is read."""
+    greedy = ["--ignore-eos", "--temperature", "0", *more]
+    command = [*CHIRON, "generate", "--server", address, *greedy, "hello"]
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    assert client.stdout is not None
+    assert client.stdout.read(1)
+    return client
+
+
 def test_sigterm_lets_running_requests_end_and_refuses_new_ones(tiny_llama: Path) -> None:
     with Server(serve_arguments(tiny_llama)) as server:
         address = address_of(server.wait_ready())
         engines = server.engine_pids()
-        long = [
-            *CHIRON,
-            "generate",
-            "--server",
-            address,
-            "--json",
-            "--ignore-eos",
-            "--max-tokens",
-            "1500",
-            "hi",
-        ]
-        with subprocess.Popen(long, stdout=subprocess.PIPE, text=True) as running:
-            ask(address, tokens=200)  # long enough for the other to be under way
+        whole = json.loads(ask(address, tokens=1500).stdout)
+        assert len(whole["token_ids"]) == 1500
+        with start_stream(address, "--max-tokens", "1500") as client:
             server.signal(signal.SIGTERM)
             server.wait_for("draining")
             refused = ask(address)
-            output, _ = running.communicate(timeout=60)
-        assert len(json.loads(output)["token_ids"]) == 1500
+            rest, _ = client.communicate(timeout=60)
+        assert rest == whole["text"].encode()[1:] + b"\n"
         assert refused.returncode == 1
         assert "UNAVAILABLE" in refused.stderr or "no server answers" in refused.stderr
         assert server.wait() == 0
@@ -91,17 +91,16 @@ def test_sigterm_lets_running_requests_end_and_refuses_new_ones(tiny_llama: Path
 
 
 def test_a_second_signal_stops_at_once(tiny_llama: Path) -> None:
-    with Server(serve_arguments(tiny_llama, "--drain-timeout", "600")) as server:
+    with Server(serve_arguments(tiny_llama, "--drain-timeout", "600", "--max-model-len", "2000")) as server:
         address = address_of(server.wait_ready())
         engines = server.engine_pids()
-        endless = [*CHIRON, "generate", "--server", address, "--ignore-eos", "hi", *["more"] * 200]
-        with subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
-            ask(address, tokens=200)
+        with start_stream(address) as client:
             server.signal(signal.SIGTERM)
             server.wait_for("draining")
             server.signal(signal.SIGTERM)
             assert server.wait(15) == 0
-            running.kill()
+            client.communicate(timeout=30)
+            assert client.returncode == 1  # cut off
         assert wait_gone(engines)
 
 
