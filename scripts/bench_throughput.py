@@ -124,17 +124,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     executor, spec = build_executor(config)
     ready_s = time.perf_counter() - started
     peer = start_peer(arguments)
-    runs: list[Run] = []
-    peer_rates: list[float] = []
-    for repeat in range(arguments.repeat + 1):
-        prompts = random_prompts(arguments.requests, arguments.prompt_tokens, spec.vocab_size, seed=repeat)
-        run = run_once(executor, prompts, arguments.output_tokens)
-        rate = peer.run(prompts, arguments.output_tokens) if peer is not None else None
-        if repeat == 0:
-            continue  # the first pass of either side warms it up
-        runs.append(run)
-        if rate is not None:
-            peer_rates.append(rate)
+    runs, peer_rates = [], []
+    try:
+        for repeat in range(arguments.repeat + 1):
+            prompts = random_prompts(
+                arguments.requests, arguments.prompt_tokens, spec.vocab_size, seed=repeat
+            )
+            runs.append(run_once(executor, prompts, arguments.output_tokens))
+            if peer is not None:
+                peer_rates.append(peer.run(prompts, arguments.output_tokens))
+    finally:
+        if peer is not None:
+            peer.close()
+    # The first pass of either side warmed it up.
+    runs, peer_rates = runs[1:], peer_rates[1:]
     best = statistics.median(run.output_tokens_per_s for run in runs)
     result: dict[str, Any] = {
         "model": spec.name,
@@ -148,7 +151,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "runs": [asdict(run) for run in runs],
     }
     if peer is not None:
-        peer.close()
         peer_best = statistics.median(peer_rates)
         result["peer"] = {
             "name": arguments.peer,
