@@ -1,12 +1,17 @@
-"""Shared by all tests: child processes find the packages of this checkout, installed or not."""
+"""Shared by all tests: child processes find the packages of this checkout, installed or not, and
+compute threads leave the cores to the processes a test runs side by side."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from chiron_engine.runtime.openmp import bound_spinning
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+bound_spinning()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from chiron_engine.model.spec import LayerGeometry
@@ -42,10 +43,15 @@ class KvPool:
         self.dtype = dtype
         self.device = torch.device(device)
         self.bytes_per_block = self.block_bytes(block_size, self.layers, dtype)
-        self.storage = torch.zeros(
-            num_blocks, self.bytes_per_block, dtype=torch.uint8, device=self.device, pin_memory=pinned
-        )
+        self.storage = self._zeros(pinned)
         self._kv = self._layer_views()
+
+    def _zeros(self, pinned: bool) -> torch.Tensor:
+        shape = (self.num_blocks, self.bytes_per_block)
+        if self.device.type == "cpu" and not pinned:
+            # numpy asks the system for zeroed pages; torch would write every one of them now.
+            return torch.from_numpy(np.zeros(shape, dtype=np.uint8))
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device, pin_memory=pinned)
 
     @staticmethod
     def block_bytes(block_size: int, layers: Sequence[LayerGeometry], dtype: torch.dtype) -> int:

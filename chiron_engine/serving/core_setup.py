@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,16 +12,12 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import Executor
 from chiron_engine.core.step_stats import StepLog
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
+from chiron_engine.runtime.openmp import bound_spinning
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 Progress = Callable[[str, float], None]
-
-# How long an OpenMP thread spins for its next piece of work before it sleeps: some 100 us, which
-# spans the gaps inside a step. The default of milliseconds gains nothing on idle cores, and where
-# anything else runs on them, the gateway for one, it makes steps many times slower.
-SPIN_COUNT = "30000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +41,7 @@ def load_core(config: EngineConfig, resources: ExitStack, progress: Progress | N
     Takes seconds, imports torch. Raises what `build_executor` raises, and ValueError where the step
     log cannot be written.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded
+    bound_spinning()  # before torch is loaded by what follows
     from chiron_engine.runtime.build import build_executor
     from chiron_engine.runtime.trial_steps import measure_swap_costs
 
