@@ -57,30 +57,23 @@ class BlockPool:
         kept = max(0, len(blank) - count)
         taken = blank[kept:]
         del blank[kept:]
-        while len(taken) < count:
-            taken.append(self._take_cached())
+        if len(taken) < count:
+            self._take_cached(count - len(taken), taken)
+        counts = self._count
         for block in taken:
-            self._count[block] = 1
+            counts[block] = 1
         return taken
 
-    def take(self) -> int:
-        """Take one block: a blank one, else the cached block released longest ago."""
-        if self._blank:
-            block = self._blank.pop()
-        elif self._cached:
-            block = self._take_cached()
-        else:
-            raise OutOfBlocks(f"none of {self.num_blocks} blocks is free")
-        self._count[block] = 1
-        return block
-
-    def _take_cached(self) -> int:
-        block, _ = self._cached.popitem(last=False)
-        key = self._key[block]
-        if key is not None:
-            del self._found[key]
-            self._key[block] = None
-        return block
+    def _take_cached(self, count: int, taken: list[int]) -> None:
+        """Append the `count` cached blocks released longest ago, which nothing finds any more."""
+        cached, keys, found = self._cached, self._key, self._found
+        for _ in range(count):
+            block, _ = cached.popitem(last=False)
+            key = keys[block]
+            assert key is not None  # cached blocks are sealed
+            del found[key]
+            keys[block] = None
+            taken.append(block)
 
     def find(self, keys: Sequence[bytes], start: int = 0, stop: int | None = None) -> list[int]:
         """Blocks of the longest run of findable keys from `start`; changes nothing."""
@@ -122,11 +115,15 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
-    def seal(self, block: int, key: bytes) -> None:
-        """The held block is full with the content `key` names; make it findable unless another is."""
-        if self._key[block] is None and key not in self._found:
-            self._key[block] = key
-            self._found[key] = block
+    def seal(self, blocks: Sequence[int], keys: Sequence[bytes], start: int, stop: int) -> None:
+        """Held blocks [start, stop) of a table are full with the content their keys name; make them
+        findable where no other block is."""
+        key_of, found = self._key, self._found
+        for index in range(start, stop):
+            block, key = blocks[index], keys[index]
+            if key_of[block] is None and key not in found:
+                key_of[block] = key
+                found[key] = block
 
     def check(self, holds: Iterable[Sequence[int]]) -> None:
         """Verify the invariant against `holds`, every table and pin list. For tests: O(blocks)."""

@@ -65,25 +65,30 @@ class KvTiers:
         device = self.device.find(request.block_keys, 0, usable)
         host = self.host.find(request.block_keys, len(device), usable)
         missing = self.blocks_for(known) - len(device)
-        return Placement(device, host, missing - len(host), missing + self.device.count_cached(device))
+        revived = self.device.count_cached(device) if device else 0
+        return Placement(device, host, missing - len(host), missing + revived)
 
     def enter(self, request: Request, placement: Placement) -> list[BlockCopy]:
         """Take the blocks of `placement` as the request's table; returns the copies in it needs."""
         found, host = placement.device, placement.host
-        self.device.acquire(found)
-        taken = self.device.allocate(len(host) + placement.fresh)
-        request.blocks = found + taken
-        copies = [BlockCopy(d, h) for d, h in zip(taken, host, strict=False)]
-        if copies:
-            # The sources stay pinned until the plan is complete: a later eviction in the same plan
-            # copies out before these copies in are made.
-            self.host.acquire(host)
-            self._arriving += host
-            self.seal(request, len(found) * self.block_size, (len(found) + len(host)) * self.block_size)
+        if found:
+            self.device.acquire(found)
+        request.blocks = found + self.device.allocate(len(host) + placement.fresh)
+        copies = self._copy_in(request, len(found), host) if host else []
         if request.host_blocks:
             self.host.release(request.host_blocks)
             request.host_blocks = []
         return copies
+
+    def _copy_in(self, request: Request, start: int, host: list[int]) -> list[BlockCopy]:
+        """Fill the table from entry `start` on with the content of host blocks."""
+        # The sources stay pinned until the plan is complete: a later eviction in the same plan
+        # copies out before these copies in are made.
+        self.host.acquire(host)
+        self._arriving += host
+        stop = start + len(host)
+        self.device.seal(request.blocks, request.block_keys, start, stop)
+        return [BlockCopy(d, h) for d, h in zip(request.blocks[start:stop], host, strict=True)]
 
     def settle(self) -> None:
         """The plan is complete: later plans run after its copies, so its sources need no pin."""
@@ -94,11 +99,11 @@ class KvTiers:
     def grow(self, request: Request, position: int) -> int:
         """Give a table the block that `position`, the first of that block, needs, and seal the one
         before it. Raises OutOfBlocks."""
-        block = self.device.take()
+        (block,) = self.device.allocate(1)
         request.blocks.append(block)
         self.extend_keys(request, position)
-        index = position // self.block_size - 1
-        self.device.seal(request.blocks[index], request.block_keys[index])
+        index = position // self.block_size
+        self.device.seal(request.blocks, request.block_keys, index - 1, index)
         return block
 
     def seal(self, request: Request, start: int, end: int) -> None:
@@ -107,9 +112,7 @@ class KvTiers:
         if first == last:
             return
         self.extend_keys(request, end)
-        keys, blocks = request.block_keys, request.blocks
-        for index in range(first, last):
-            self.device.seal(blocks[index], keys[index])
+        self.device.seal(request.blocks, request.block_keys, first, last)
 
     def evict(self, request: Request, computed: int) -> list[BlockCopy]:
         """Give up the device blocks of a request with `computed` tokens of KV, having saved the full
@@ -125,9 +128,10 @@ class KvTiers:
     def leave(self, request: Request) -> None:
         """Give up everything the request holds on either tier. Sealed content stays findable."""
         self.device.release(request.blocks)
-        self.host.release(request.host_blocks)
         request.blocks = []
-        request.host_blocks = []
+        if request.host_blocks:
+            self.host.release(request.host_blocks)
+            request.host_blocks = []
 
     def _save(self, request: Request, full: int) -> list[BlockCopy]:
         saved = self.host.find(request.block_keys, 0, full)
@@ -136,13 +140,9 @@ class KvTiers:
         if missing and not self._is_worth_saving(missing, len(saved) + missing):
             self.host.release(saved)
             return []
-        taken = self.host.allocate(missing)
-        copies = []
-        for index, block in enumerate(taken, len(saved)):
-            self.host.seal(block, request.block_keys[index])
-            copies.append(BlockCopy(request.blocks[index], block))
-        request.host_blocks = saved + taken
-        return copies
+        request.host_blocks = table = saved + self.host.allocate(missing)
+        self.host.seal(table, request.block_keys, len(saved), len(table))
+        return [BlockCopy(request.blocks[index], table[index]) for index in range(len(saved), len(table))]
 
     def _is_worth_saving(self, out: int, back: int) -> bool:
         costs = self.costs
