@@ -7,12 +7,23 @@ token's keys lie next to its values, so that one gather fetches both.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from chiron_engine.model.spec import LayerGeometry
+
+
+def _lazy_memory(size: int) -> mmap.mmap:
+    """Zeroed memory that the system hands out as it is touched, in large pages where it can: with
+    small ones the first write to a block takes longer than the attention over it."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _token_elements(layer: LayerGeometry) -> int:
@@ -49,8 +60,7 @@ class KvPool:
     def _zeros(self, pinned: bool) -> torch.Tensor:
         shape = (self.num_blocks, self.bytes_per_block)
         if self.device.type == "cpu" and not pinned:
-            # numpy asks the system for zeroed pages; torch would write every one of them now.
-            return torch.from_numpy(np.zeros(shape, dtype=np.uint8))
+            return torch.frombuffer(_lazy_memory(shape[0] * shape[1]), dtype=torch.uint8).view(shape)
         return torch.zeros(shape, dtype=torch.uint8, device=self.device, pin_memory=pinned)
 
     @staticmethod
