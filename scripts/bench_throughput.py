@@ -22,7 +22,7 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.core.step_stats import StepStats, percentile
 from chiron_engine.policy.iteration.request import Request, SamplingParams
-from chiron_engine.runtime.openmp import bound_spinning
+from chiron_engine.runtime.torch_environment import prepare_environment
 
 if TYPE_CHECKING:
     from chiron_engine.runtime.torch_executor import TorchExecutor
@@ -117,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         threads=arguments.threads,
         swap_space=0,
     )
-    bound_spinning()
+    prepare_environment()
     started = time.perf_counter()
     from chiron_engine.runtime.build import build_executor  # loads torch, which is part of getting ready
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from chiron_engine.runtime.openmp import bound_spinning
+from chiron_engine.runtime.torch_environment import prepare_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -14,4 +14,4 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
-bound_spinning()
+prepare_environment()

@@ -12,7 +12,7 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import Executor
 from chiron_engine.core.step_stats import StepLog
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
-from chiron_engine.runtime.openmp import bound_spinning
+from chiron_engine.runtime.torch_environment import prepare_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +41,7 @@ def load_core(config: EngineConfig, resources: ExitStack, progress: Progress | N
     Takes seconds, imports torch. Raises what `build_executor` raises, and ValueError where the step
     log cannot be written.
     """
-    bound_spinning()  # before torch is loaded by what follows
+    prepare_environment()  # before torch is loaded by what follows
     from chiron_engine.runtime.build import build_executor
     from chiron_engine.runtime.trial_steps import measure_swap_costs
 
