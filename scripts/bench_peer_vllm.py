@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chiron_engine.model.source import resolve_model
-from chiron_engine.runtime.openmp import SETTING as OUR_SETTING
+from chiron_engine.runtime.torch_environment import SETTINGS as OUR_SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / "build" / "peer-vllm"
@@ -79,7 +79,7 @@ class VllmPeer:
             text=True,
             bufsize=1,
             start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != OUR_SETTING},
+            env={name: value for name, value in os.environ.items() if name not in OUR_SETTINGS},
         )
         self.version: str = self._ask(settings)["version"]
 
