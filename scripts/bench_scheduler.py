@@ -25,16 +25,18 @@ from chiron_engine.policy.iteration.request import SamplingParams
 BLOCK_SIZE = 16
 VOCAB = 32_000
 PROMPT_TOKENS = 128
+# 512k tokens of KV, about what an 80 GB device holds beside a model of 8B parameters in bfloat16.
+DEVICE_BLOCKS = 32_768
 
 
 class Bench:
     """An engine core over the null executor, fed by hand."""
 
     def __init__(self, running: int, changing: int, steps: int) -> None:
-        tokens = PROMPT_TOKENS + 4 * steps + running
+        tokens = PROMPT_TOKENS + 2 * steps + running
         self.shape = ExecutorShape(
             block_size=BLOCK_SIZE,
-            num_device_blocks=(running + changing + 1) * (tokens // BLOCK_SIZE + 2),
+            num_device_blocks=DEVICE_BLOCKS,
             num_host_blocks=0,
             max_slots=running,
             max_step_tokens=running + (changing + 1) * PROMPT_TOKENS + 4096,
@@ -90,7 +92,7 @@ def steady(running: int, steps: int) -> dict[str, float]:
     """Everybody decodes; nobody comes or goes."""
     bench = Bench(running, 0, steps)
     for _ in range(running):
-        bench.add(max_tokens=3 * steps + running)
+        bench.add(max_tokens=steps + steps // 10 + running)
     while bench.core.load().waiting:
         bench.core.step()
     for _ in range(steps // 10):
