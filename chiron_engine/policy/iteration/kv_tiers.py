@@ -61,7 +61,8 @@ class KvTiers:
     def place(self, request: Request, known: int) -> Placement:
         """Look up a request with `known` tokens; at least one is left to compute, for its logits."""
         usable = (known - 1) // self.block_size
-        self.extend_keys(request, usable * self.block_size)
+        if len(request.block_keys) < usable:
+            self.extend_keys(request, usable * self.block_size)
         device = self.device.find(request.block_keys, 0, usable)
         host = self.host.find(request.block_keys, len(device), usable)
         missing = self.blocks_for(known) - len(device)
@@ -111,7 +112,8 @@ class KvTiers:
         first, last = start // self.block_size, end // self.block_size
         if first == last:
             return
-        self.extend_keys(request, end)
+        if len(request.block_keys) < last:
+            self.extend_keys(request, end)
         self.device.seal(request.blocks, request.block_keys, first, last)
 
     def evict(self, request: Request, computed: int) -> list[BlockCopy]:
@@ -151,10 +153,7 @@ class KvTiers:
     def extend_keys(self, request: Request, tokens: int) -> None:
         """Extend the hash chain over the full blocks of the first `tokens` tokens."""
         keys = request.block_keys
-        full = tokens // self.block_size
-        if len(keys) >= full:
-            return
-        for index in range(len(keys), full):
+        for index in range(len(keys), tokens // self.block_size):
             parent = keys[-1] if keys else root_key(request.cache_salt)
             values = self._values(request, index) if self._prefix_caching else None
             if values is None:

@@ -155,7 +155,7 @@ class Scheduler:
                 return
             known = head.tokens_at(self.step)
             placement = self.tiers.place(head, known)
-            while not self._fits(head, placement):
+            while not self._fits(head, known, placement):
                 victim = self._victim_for(head)
                 if victim is None:
                     self._head_is_blocked = True
@@ -165,12 +165,11 @@ class Scheduler:
             self._join(self.waiting.pop(), placement, known, plan, now)
             budget -= known - head.num_computed
 
-    def _fits(self, request: Request, placement: Placement) -> bool:
+    def _fits(self, request: Request, known: int, placement: Placement) -> bool:
         """A slot is free, the blocks are there with some to spare, and so is the predicted peak."""
         if len(self.running) >= self.limits.max_running or not self._free_slots:
             return False
-        expected = request.tokens_at(self.step) + self._tokens_to_come(request)
-        request.promised_blocks = self.tiers.blocks_for(expected)
+        request.promised_blocks = self.tiers.blocks_for(known + self._tokens_to_come(request))
         spare = self.tiers.device.num_free - placement.free_needed
         if not self.running:
             return spare >= 0
