@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from numbers import Integral, Real
 
 
 class SloClass(IntEnum):
@@ -60,6 +61,12 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            _require(name, getattr(self, name), Real, "a number")
+        for name in ("top_k", "seed", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None or name == "top_k":
+                _require(name, value, Integral, "a whole number")
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
             raise ValueError(f"temperature is {self.temperature}; it must be between 0 and 100")
         if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
@@ -77,6 +84,13 @@ class SamplingParams:
 
 
 MAX_STOP_TOKEN_IDS = 128
+
+
+def _require(name: str, value: object, kind: type, what: str) -> None:
+    """A fractional max_tokens would never be met, and a request would outgrow its block table."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be {what}")
+
 
 GREEDY = SamplingParams(temperature=0.0)
 
