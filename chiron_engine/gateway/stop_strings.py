@@ -13,7 +13,9 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Raises ValueError for an empty stop string."""
+        """Raises ValueError for an empty stop string, and for one string in place of a list."""
+        if isinstance(stops, str):
+            raise ValueError(f"stop is the string {stops!r}; it must be a list of strings")
         if "" in stops:
             raise ValueError("a stop string is empty; it must hold at least one character")
         self._stops = sorted(set(stops), key=len, reverse=True)

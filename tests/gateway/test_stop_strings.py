@@ -52,3 +52,8 @@ def test_holds_back_no_more_than_it_must() -> None:
 def test_refuses_an_empty_stop() -> None:
     with pytest.raises(ValueError, match="empty"):
         StopStrings([""])
+
+
+def test_one_string_is_no_list_of_characters() -> None:
+    with pytest.raises(ValueError, match="stop is the string 'end'; it must be a list"):
+        StopStrings("end")
