@@ -222,6 +222,8 @@ class EngineLoop:
             self._core.abort(request_id)
 
     def _set_limits(self, done: Future[None], max_running: int, token_budget: int, shrink: Shrink) -> None:
+        if not done.set_running_or_notify_cancel():  # whoever asked has given up
+            return
         try:
             self._core.set_limits(max_running, token_budget, shrink)
         except ValueError as error:
@@ -255,5 +257,5 @@ class EngineLoop:
         assert isinstance(command, partial)
         if command.func == self._admit:
             self._rejected.append(Rejection(command.args[0], EngineUnavailable(self._state)))
-        elif command.func == self._set_limits:
+        elif command.func == self._set_limits and command.args[0].set_running_or_notify_cancel():
             command.args[0].set_exception(EngineUnavailable(self._state))

@@ -219,6 +219,15 @@ def test_limits_apply_and_bad_ones_are_refused() -> None:
             loop.set_limits(0, 64).result(WAIT_S)
 
 
+def test_a_change_of_limits_given_up_harms_nobody() -> None:
+    with running(SlowExecutor(SHAPE)) as (loop, collector):
+        loop.submit(request(0))
+        assert any(loop.set_limits(1, 64).cancel() for _ in range(100))
+        collector.wait_ended(1)
+        assert loop.set_limits(2, 64).result(WAIT_S) is None
+        assert loop.state is LoopState.RUNNING
+
+
 def test_a_failing_subscriber_is_dropped_and_harms_nobody() -> None:
     def broken(output: LoopOutput) -> None:
         raise RuntimeError("no")
