@@ -14,7 +14,7 @@ from chiron_engine.config import EngineConfig
 from .engine_options import ENGINE_OPTIONS, engine_config, with_engine_options
 from .exits import ExitCode, load_errors, usage_error, usage_errors
 from .option_tables import refuse_given, with_options
-from .prompts import read_prompts
+from .prompts import check_texts, read_prompts
 from .request_options import REMOTE_OPTIONS, SAMPLING_OPTIONS, RequestOptions, request_options
 
 NOT_REMOTE = {name: option for name, option in ENGINE_OPTIONS.items() if name not in SAMPLING_OPTIONS}
@@ -45,6 +45,7 @@ def generate(
     """
     words = list(arguments or [])
     request = request_options(sampling, remote)
+    check_texts("stop string", request.stop)
     if server is not None:
         refuse_given(context, NOT_REMOTE, "with --server the server decides it")
         _remote(server, read_prompts(words, file), request, chat, as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from .exits import usage_error
@@ -16,18 +17,20 @@ def read_prompts(words: list[str], file: Path | None) -> list[str]:
     prompts = words or [line for line in _read_lines(file) if line.strip()]
     if not prompts:
         raise usage_error("no prompt: give one on the command line, in --file, or on standard input")
-    for number, prompt in enumerate(prompts, 1):
-        _check_text(number, prompt)
+    check_texts("prompt", prompts)
     return prompts
 
 
-def _check_text(number: int, prompt: str) -> None:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # bytes that are no UTF-8 come in as lone surrogates
-        raise usage_error(
-            f"prompt {number} is no valid text: {error.reason} at character {error.start}"
-        ) from None
+def check_texts(what: str, texts: Iterable[str]) -> None:
+    """Raises CommandError (usage) where bytes on the command line were no UTF-8: these come in as
+    lone surrogates."""
+    for number, text in enumerate(texts, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise usage_error(
+                f"{what} {number} is no valid text: {error.reason} at character {error.start}"
+            ) from None
 
 
 def _read_lines(file: Path | None) -> list[str]:

@@ -62,6 +62,13 @@ def test_a_prompt_that_is_no_text_is_refused() -> None:
     assert b"prompt 1 is no valid text" in result.stderr
 
 
+def test_a_stop_string_that_is_no_text_is_refused() -> None:
+    command = [sys.executable, "-m", "chiron_engine", "generate", "--server", "127.0.0.1:1", "hi", "--stop"]
+    result = subprocess.run([*command, b"caf\xe9"], capture_output=True, timeout=60)
+    assert result.returncode == 2
+    assert b"stop string 1 is no valid text" in result.stderr
+
+
 def test_an_unreachable_server_exits_1() -> None:
     result = chiron("generate", "--server", "127.0.0.1:1", "hi")
     assert result.returncode == 1
