@@ -52,7 +52,8 @@ def build_request(
         max_tokens=_max_tokens(len(prompt), sampling.max_tokens, shape),
         stop_ids=frozenset(stops),
         slo=slo if slo is not None else Slo(),
-        seed=sampling.seed if sampling.seed is not None else draw_seed(),
+        # An int of its own: numpy's wrap or overflow in the arithmetic of 64-bit patterns.
+        seed=int(sampling.seed) if sampling.seed is not None else draw_seed(),
         arrival=arrival,
         cache_salt=cache_salt,
         client=client,

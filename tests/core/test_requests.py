@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from chiron_engine.core.executor import ExecutorShape
@@ -26,6 +27,12 @@ def test_defaults_fill_the_context_and_draw_a_seed() -> None:
     assert (request.max_tokens, request.seed, request.stop_ids) == (125, 42, {2})
     assert build([1], seed=7, ignore_eos=True, stop_token_ids=(5,)).stop_ids == {5}
     assert build([1], seed=7).seed == 7
+
+
+def test_a_seed_of_numpy_becomes_an_int() -> None:
+    seed = build([1], seed=np.uint64(2**64 - 1)).seed
+    assert type(seed) is int
+    assert seed == 2**64 - 1
 
 
 @pytest.mark.parametrize(
