@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Checkpoint:
                 raise ModelError(f"cannot read {file}: {error}; download the model again") from None
             self._file_of.update(dict.fromkeys(names, (file, opened)))
         self._path = path
+        self._read: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -39,6 +40,7 @@ class Checkpoint:
         a view of the file: never write to it."""
         if name not in self._file_of:
             raise ModelError(f"{self._path} lacks the tensor {name}: not a complete checkpoint of this model")
+        self._read.add(name)
         file, opened = self._file_of[name]
         found = tuple(opened.get_slice(name).get_shape())
         if found != tuple(shape):
@@ -52,6 +54,16 @@ class Checkpoint:
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{file}: {name} is {tensor.dtype}: quantised checkpoints are not supported")
         return tensor.to(device=self._device, dtype=self._dtype)
+
+    def check_all_read(self, ignored: Callable[[str], bool]) -> None:
+        """Raises ModelError where tensors are left over that `ignored` does not excuse: the config
+        describes another model than the weights."""
+        left = sorted(name for name in self._file_of if name not in self._read and not ignored(name))
+        if left:
+            raise ModelError(
+                f"{self._path} has {len(left)} tensors its config.json does not account for, "
+                f"{left[0]} among them"
+            )
 
     def stack(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
         """Several tensors concatenated along the first axis, without a second copy of any."""

@@ -94,6 +94,9 @@ def eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token, int) for token in ids):
         raise ModelError(f"{path} has eos_token_id {value!r}, which is not a token id nor a list of them")
+    vocab = config.get("vocab_size")
+    if isinstance(vocab, int) and not all(0 <= token < vocab for token in ids):
+        raise ModelError(f"{path} has eos_token_id {value!r}, outside the vocabulary [0, {vocab})")
     return tuple(ids)
 
 

@@ -94,6 +94,7 @@ class LlamaModel:
             self._layers.append(LlamaLayer(config, index, weights))
             if progress is not None:
                 progress("load weights", (index + 1) / config.num_layers)
+        weights.check_all_read(_is_derived)
 
     def forward(
         self,
@@ -137,3 +138,8 @@ class LlamaModel:
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight.shape, weight, self.config.norm_eps)
+
+
+def _is_derived(name: str) -> bool:
+    """A tensor that some checkpoints carry and this decoder computes, or ties to the embedding."""
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")

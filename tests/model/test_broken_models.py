@@ -96,6 +96,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong dtype": (change_tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})), "int8"),
     "config disagrees": (change_config(vocab_size=97), EMBED),
     "one layer too many": (change_config(num_hidden_layers=4), r"model\.layers\.3\."),
+    "one layer too few": (change_config(num_hidden_layers=2), r"does not account for, model\.layers\.2\."),
+    "eos outside": (change_config(eos_token_id=99999999), r"99999999, outside the vocabulary"),
     "eos is a word": (change_config(eos_token_id="end"), "eos_token_id"),
 }
 
