@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from chiron_engine.policy.iteration.limits import Limits, Shrink
 from chiron_engine.policy.iteration.plan import DecodeBatch, StepOutput, StepPlan, StepResult
 from chiron_engine.policy.iteration.request import Request, SloClass
 from chiron_engine.policy.iteration.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
 
@@ -130,9 +133,10 @@ class EngineCore:
 
     def add_step_hook(self, hook: StepHook) -> Callable[[], None]:
         """Call `hook` with the statistics of every committed step; limits it returns hold from the
-        next plan on. Returns a function that takes the hook off again."""
+        next plan on. A hook that raises, or returns limits above the capacity, is logged and dropped.
+        Returns a function that takes the hook off again."""
         self._hooks.append(hook)
-        return lambda: self._hooks.remove(hook)
+        return lambda: self._remove_hook(hook)
 
     def step(self) -> StepOutput:
         """One iteration: start steps up to the pipeline depth, then commit the oldest.
@@ -200,11 +204,19 @@ class EngineCore:
         aborted, self._aborted = self._aborted, []
         return aborted
 
+    def _remove_hook(self, hook: StepHook) -> None:
+        if hook in self._hooks:
+            self._hooks.remove(hook)
+
     def _run_hooks(self, stats: StepStats) -> None:
         for hook in tuple(self._hooks):
-            limits = hook(stats)
-            if limits is not None:
-                self.set_limits(limits.max_running, limits.token_budget, limits.shrink)
+            try:
+                limits = hook(stats)
+                if limits is not None:
+                    self.set_limits(limits.max_running, limits.token_budget, limits.shrink)
+            except Exception:
+                log.exception("a step hook failed and is dropped; the limits stay as they are")
+                self._remove_hook(hook)
 
     def _stats(self, flight: InFlight, result: StepResult, output: StepOutput, now: float) -> StepStats:
         plan, scheduler = flight.plan, self.scheduler

@@ -90,6 +90,24 @@ def test_a_hook_moves_the_limits_of_the_next_step() -> None:
     assert core.load().max_running == 4
 
 
+@pytest.mark.parametrize("returned", [Limits(9, 64), None])
+def test_a_hook_that_fails_is_dropped_and_the_engine_goes_on(returned: Limits | None) -> None:
+    core = timed_core()
+    calls = []
+
+    def fail(stats: StepStats) -> Limits | None:
+        calls.append(stats.step)
+        if returned is None:
+            raise RuntimeError("a fault of the hook")
+        return returned
+
+    remove = core.add_step_hook(fail)
+    core.add(make_request(0, 20, 4))
+    assert finish_all(core) == [0]
+    assert calls == [0] and core.load().max_running == 8
+    remove()
+
+
 def test_limits_stay_below_the_capacity() -> None:
     core = timed_core()
     with pytest.raises(ValueError, match="max_running is 9; the engine has 8 slots"):
