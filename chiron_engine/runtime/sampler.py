@@ -3,7 +3,9 @@
 Randomness is counter-based: a row draws one uniform number that is a function of (seed, position)
 alone, and inverts the cumulative distribution of the tokens its filters leave, in vocabulary
 order. Weights are whole numbers held in floating point, so their sums are exact in any order of
-addition: a row's token depends neither on its batch mates nor on how a device splits a sum.
+addition: for given logits a row's token depends neither on its batch mates nor on how a device splits
+a sum. The logits themselves may move by rounding with the number of rows; a draw that falls next to
+the boundary of two tokens can then go to the other.
 """
 
 from __future__ import annotations
