@@ -51,6 +51,7 @@ class Scheduler:
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._left: list[int] = []
         self._promised_blocks = 0
+        self._num_running_batch = 0
         self._head_is_blocked = False
 
     @property
@@ -192,6 +193,7 @@ class Scheduler:
 
     def _join(self, request: Request, placement: Placement, known: int, plan: StepPlan, now: float) -> None:
         self._promised_blocks += request.promised_blocks
+        self._num_running_batch += request.slo.slo_class is SloClass.BATCH
         plan.copies_in += self.tiers.enter(request, placement)
         computed = (len(placement.device) + len(placement.host)) * self.tiers.block_size
         if request.first_scheduled is None:
@@ -272,7 +274,7 @@ class Scheduler:
 
     def _victim_for(self, head: Request) -> Request | None:
         """A batch request to evict for an interactive one; the same one only so many times."""
-        if head.slo.slo_class is not SloClass.INTERACTIVE:
+        if head.slo.slo_class is not SloClass.INTERACTIVE or not self._num_running_batch:
             return None
         return self._victim(lambda r: r.slo.slo_class is SloClass.BATCH and r.num_preempted < MAX_EVICTIONS)
 
@@ -315,6 +317,7 @@ class Scheduler:
         self._prefilling.pop(request, None)
         del self.running[request]
         self._promised_blocks -= request.promised_blocks
+        self._num_running_batch -= request.slo.slo_class is SloClass.BATCH
         self._left.append(request.slot)
         self._free_slots.append(request.slot)
         request.slot = -1
