@@ -121,9 +121,8 @@ class BlockPool:
         key_of, found = self._key, self._found
         for index in range(start, stop):
             block, key = blocks[index], keys[index]
-            if key_of[block] is None and key not in found:
+            if key_of[block] is None and found.setdefault(key, block) == block:
                 key_of[block] = key
-                found[key] = block
 
     def check(self, holds: Iterable[Sequence[int]]) -> None:
         """Verify the invariant against `holds`, every table and pin list. For tests: O(blocks)."""
