@@ -41,6 +41,7 @@ setup(
         "safetensors",
         "numpy",
         "packaging",
+        "filelock",
         "grpcio>=1.71",
         "grpcio-health-checking>=1.71",
         "grpcio-reflection>=1.71",
