@@ -133,6 +133,17 @@ def test_what_is_dear_to_copy_is_recomputed(costs: SwapCosts, saved: bool) -> No
     assert bool(plan.copies_out) is saved
 
 
+def test_an_eviction_saves_only_blocks_whose_every_token_is_computed() -> None:
+    core = null_core(slots=2, host_blocks=64)
+    core.add(make_request(0, 4, 20, batch=True))
+    core.add(make_request(1, 7, 20, batch=True))
+    plan_of(core)
+    core.set_limits(1, 32, "preempt")
+    plan = plan_of(core)
+    assert [r.request_id for r in plan.preempted] == [1]
+    assert len(plan.copies_out) == 1, "8 tokens are known, but the last has no KV yet"
+
+
 def test_a_shared_prefix_is_computed_once() -> None:
     core = null_core()
     prompt = list(range(17))
