@@ -1,4 +1,4 @@
-"""What one step did and took, and where that goes: hooks, a ring with percentiles, a log."""
+"""Where the statistics of a step go: hooks, a ring with percentiles, a log."""
 
 from __future__ import annotations
 
@@ -6,54 +6,14 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
 from chiron_engine.policy.iteration.limits import Limits
+from chiron_engine.policy.iteration.step_stats import StepStats
 
-
-@dataclass(slots=True)
-class StepStats:
-    """One committed step. Durations and times in seconds, on the engine's clock.
-
-    kv_tokens: sum of the KV lengths that decoding requests attend to. prefill_context: sum over
-    prompt chunks of count x KV length at the chunk's end. itl_s: gap since the last commit, the
-    inter-token latency of every request that decoded in both steps; itl_interactive and itl_batch
-    count them. submit_s: handing the plan over; wait_s: waiting for the result; device_s: what the
-    executor says the step took.
-    """
-
-    step: int
-    time: float
-    prefill_tokens: int
-    prefill_context: int
-    decode_requests: int
-    kv_tokens: int
-    swap_out_blocks: int
-    swap_in_blocks: int
-    plan_s: float
-    submit_s: float
-    wait_s: float
-    device_s: float
-    commit_s: float
-    graph: bool
-    running: int
-    waiting: int
-    free_blocks: int
-    finished: int
-    preempted: int
-    max_running: int
-    token_budget: int
-    itl_s: float
-    itl_interactive: int
-    itl_batch: int
-
-    @property
-    def host_s(self) -> float:
-        """Time the step spent outside the executor."""
-        return self.plan_s + self.commit_s
-
+__all__ = ["StepHook", "StepLog", "StepRing", "StepStats", "percentile"]
 
 StepHook = Callable[[StepStats], Limits | None]
 
