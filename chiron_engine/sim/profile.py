@@ -9,11 +9,15 @@ from chiron_engine.policy.iteration.step_costs import StepCosts
 
 
 class StepTimes(Protocol):
-    """Seconds of a step, without copies between tiers."""
+    """Seconds of a step, without copies between tiers. `extrapolated` counts the evaluations so far
+    that lay beyond what was measured."""
+
+    extrapolated: int
 
     def seconds(self, requests: int, kv_tokens: int, prompt_tokens: int, prompt_context: int) -> float:
         """n decoding requests with K tokens of KV in all, P prompt tokens, and C, the sum over
-        prompt chunks of count x KV length at the chunk's end."""
+        prompt chunks of count x KV length at the chunk's end. Raises ValueError above the profile's
+        capacities."""
         ...
 
 
