@@ -48,6 +48,7 @@ setup(
         "protobuf>=5.26",
         "jinja2>=3.1",
         "rich>=13",
+        "matplotlib>=3.8",
         "typer>=0.15",
     ],
     extras_require={
