@@ -21,7 +21,7 @@ class Outcome(IntEnum):
 class RequestColumns:
     """One entry a request id. Times in seconds, NaN where it never happened. late_gaps: gaps
     between tokens over the request's ITL SLO. served: how often its last token was delivered,
-    which must be once."""
+    which must be once. output_tokens: how many it got."""
 
     outcome: array[int]
     first_token_s: array[float]
@@ -29,6 +29,7 @@ class RequestColumns:
     late_gaps: array[int]
     evictions: array[int]
     served: array[int]
+    output_tokens: array[int]
 
 
 @dataclass(slots=True)
@@ -46,8 +47,8 @@ class InstanceLife:
 
 @dataclass(frozen=True, slots=True)
 class FleetSample:
-    """The fleet at one tick. mean_limit and mean_running are over ready instances. attained and
-    due count the interactive requests that ended since the last sample."""
+    """The fleet at one tick. mean_limit, mean_running and latency_backpressure are means over ready
+    instances. attained and ended count interactive requests since the last sample."""
 
     time_s: float
     gauges: FleetGauges
@@ -58,18 +59,23 @@ class FleetSample:
     ended: int
 
 
+ITL_BINS = 700
+ITL_FIRST_S = 1e-4
+ITL_RATIO = 1.02
+
+
 @dataclass(slots=True)
 class ItlHistogram:
     """Inter-token latencies of interactive requests in logarithmic bins: bin i counts gaps in
     [1e-4 x 1.02^i, 1e-4 x 1.02^(i+1)) seconds, the first and last bin everything beyond."""
 
-    counts: list[int] = field(default_factory=lambda: [0] * 700)
+    counts: list[int] = field(default_factory=lambda: [0] * ITL_BINS)
 
 
 @dataclass(slots=True)
 class RunResult:
     """end_s: when the last request was served. scaling_actions: launches and drains ordered after
-    the start; role changes are counted apart."""
+    the start; role changes and launches are counted apart."""
 
     workload: Workload
     requests: RequestColumns
@@ -78,6 +84,7 @@ class RunResult:
     itl: ItlHistogram
     end_s: float
     scaling_actions: int = 0
+    launches: int = 0
     role_changes: int = 0
     preemptions: int = 0
     failed_launches: int = 0
