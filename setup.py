@@ -33,7 +33,7 @@ setup(
         *find_packages("kernels", include=["chiron_kernels", "chiron_kernels.*"]),
     ],
     package_dir={"chiron_kernels": "kernels/chiron_kernels"},
-    package_data={"chiron_engine": ["py.typed"]},
+    package_data={"chiron_engine": ["py.typed", "sim/data/profiles/**/*"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",
