@@ -123,9 +123,7 @@ def models(fields: dict[str, object], limits: tuple[int, int, int]) -> dict[str,
     envelope = fit_envelope(features, ENVELOPE_SHARE * seconds, weights)
     error = np.abs(features[used] @ np.array(list(asdict(fit).values())) / seconds[used] - 1)
     height = features @ np.array(list(asdict(envelope).values())) / seconds
-    print(
-        f"  fit off by {error.mean():.1%} in the mean, {error.max():.0%} at most, in {used.sum()} usual steps"
-    )
+    print(f"  fit off by {error.mean():.1%} in the mean, {error.max():.0%} at most, over usual steps")
     print(f"  envelope at {height[weights > 0].mean():.0%} of efficient steps, {height.max():.1%} at most")
     return {"fit": asdict(fit), "envelope": asdict(envelope)}
 
