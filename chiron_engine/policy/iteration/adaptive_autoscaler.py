@@ -1,0 +1,245 @@
+"""Our local autoscaler: limits from a model of the step, with the tail of its error held below the SLO.
+
+A step may take A = (1 - m) S / rho99 by the model: S is the ITL target in force, rho99 the measured
+99th percentile of time over model, m a margin that shrinks as samples arrive. Two things are drawn
+from this allowance. `max_running` is the largest n that, at the KV length requests have and are
+growing to, leaves room for the prompt tokens that TTFT slack asks for. The token budget is what fills
+the step to A with the n decoding now, so that a step is never longer than it may be and, while
+prompts wait, never shorter. What the KV cache holds is the scheduler's to predict, request by request.
+"""
+
+from __future__ import annotations
+
+from .autoscaler_inputs import EngineCapacity, ItlTargets
+from .limits import Limits, Shrink
+from .step_costs import StepCosts
+from .step_model import StepModel
+from .step_stats import StepStats
+from .step_tail import TRUSTED, StepTail
+
+WINDOW_STEPS = 16
+"""Steps between looks at the limits, unless a step shows them to be off."""
+DEAD_BAND = 0.03
+OVERRUN_BAND = 0.01
+"""Share of the allowance by which a full step may exceed it before the token budget is lowered."""
+LARGEST_MARGIN = 0.05
+SMALLEST_MARGIN = 0.01
+
+WARM_UP_STEPS = 16
+"""Steps that a model without a prior sees before its errors count."""
+FIRST_RUNNING = 4
+FIRST_PROMPT_BLOCKS = 8
+"""Limits to start with where there is no prior."""
+FIRST_KV_PER_REQUEST = 512
+
+SMOOTHING = 0.25
+"""Weight of a window in the running means."""
+GROWTH_STEPS = 64
+"""Steps ahead for which the growth of the mean KV length counts: a limit falls by draining."""
+NEED_KEPT = 0.8
+"""Share of the prompt tokens needed that a window later still counts as needed."""
+
+
+class AdaptiveAutoscaler:
+    def __init__(self, capacity: EngineCapacity, targets: ItlTargets, prior: StepCosts | None = None) -> None:
+        self._capacity = capacity
+        self._targets = targets
+        self._model = StepModel(capacity, prior)
+        self._tail = StepTail()
+        self._warm_up = 0 if prior is not None else WARM_UP_STEPS
+        self._serves_interactive = True
+        self._needed_prompt = float(capacity.block_size)
+        self._chunk_end = float(FIRST_KV_PER_REQUEST)
+        """Mean KV length at the end of the chunks of the last step that had any."""
+        self._kv_mean = float(FIRST_KV_PER_REQUEST)
+        self._kv_growth = 0.0
+        """Tokens a step by which the mean KV length grows."""
+        self._n = 0
+        self._kv_tokens = 0
+        """Decoding requests of the last step, and the sum of their KV lengths."""
+        self._interactive_requests = 0
+        self._steps_left = WINDOW_STEPS
+        self._window_seconds = 0.0
+        self._window_tokens = 0
+        self._mean_s = 0.0
+        self._throughput = 0.0
+        self.throughput_backpressure = 0.0
+        self.limits = self._first_limits()
+        self._most_running = 2 * self.limits.max_running
+
+    # What it tells.
+
+    @property
+    def costs(self) -> StepCosts | None:
+        return self._model.costs
+
+    @property
+    def latency_backpressure(self) -> float:
+        """LBP, taking for ITL the time that 99 % of steps like those of the last window keep."""
+        return self._mean_s * self._tail.rho99 / self._target_s
+
+    # What it is told.
+
+    def on_step(self, stats: StepStats, now: float) -> Limits | None:
+        seconds = stats.itl_s or stats.device_s
+        if seconds <= 0.0:
+            return None
+        n, prompt = stats.decode_requests, stats.prefill_tokens
+        self._n, self._kv_tokens = n, stats.kv_tokens
+        model = self._model
+        expected = model.seconds(n, stats.kv_tokens, prompt, stats.prefill_context)
+        if not (stats.swap_in_blocks or stats.swap_out_blocks):
+            if n and model.steps >= self._warm_up:
+                self._tail.observe(seconds / expected)
+            model.observe(stats, seconds)
+        self._window_seconds += seconds
+        self._window_tokens += n
+        self._steps_left -= 1
+        self._interactive_requests = max(stats.interactive_requests, stats.itl_interactive)
+        is_interactive = self._interactive_requests > 0
+        if is_interactive != self._serves_interactive:
+            self._serves_interactive = is_interactive
+            return self._renew()
+        if self._steps_left <= 0:
+            self._end_window(stats, now)
+            return self._renew()
+        if prompt:
+            self._chunk_end = stats.prefill_context / prompt
+            if self._is_off(expected, self.limits.token_budget - n, prompt):
+                return self._renew()
+        return None
+
+    def on_interactive(self, now: float) -> Limits | None:
+        self._serves_interactive = True
+        self._interactive_requests = max(self._interactive_requests, 1)
+        return self._renew()
+
+    def set_targets(self, targets: ItlTargets) -> Limits | None:
+        self._targets = targets
+        return self._renew()
+
+    # The allowance of a step, and what it buys.
+
+    @property
+    def _target_s(self) -> float:
+        """S"""
+        return self._targets.interactive_s if self._serves_interactive else self._targets.batch_s
+
+    @property
+    def _allowance_s(self) -> float:
+        """A = (1 - m) S / rho99"""
+        known = min(1.0, self._tail.samples / TRUSTED)
+        margin = LARGEST_MARGIN + (SMALLEST_MARGIN - LARGEST_MARGIN) * known
+        return (1.0 - margin) * self._target_s / self._tail.rho99
+
+    @property
+    def _prompt_token_s(self) -> float:
+        """Marginal seconds of a prompt token where the chunks are now."""
+        return self._model.per_prompt_token_s + self._model.per_prompt_context_s * self._chunk_end
+
+    def _is_off(self, expected: float, budget: int, prompt: int) -> bool:
+        """Whether a step with its prompt budget used up would overrun the allowance, or is used up and
+        far short of it."""
+        allowance = self._allowance_s
+        full = expected + (budget - prompt) * self._prompt_token_s
+        if full > allowance * (1.0 + OVERRUN_BAND):
+            return budget > self._capacity.block_size
+        return prompt >= budget and full < allowance * (1.0 - DEAD_BAND)
+
+    def _end_window(self, stats: StepStats, now: float) -> None:
+        steps = WINDOW_STEPS - self._steps_left
+        self._mean_s = self._window_seconds / steps
+        throughput = self._window_tokens / self._window_seconds
+        self.throughput_backpressure = self._throughput / throughput if throughput else 0.0
+        self._throughput = throughput
+        self._steps_left = WINDOW_STEPS
+        self._window_seconds, self._window_tokens = 0.0, 0
+        self._most_running = 2 * self.limits.max_running
+        if stats.decode_requests:
+            kv_mean = stats.kv_tokens / stats.decode_requests
+            change = SMOOTHING * (kv_mean - self._kv_mean)
+            self._kv_mean += change
+            self._kv_growth += SMOOTHING * (change / steps - self._kv_growth)
+        self._update_needed_prompt(stats, now)
+
+    def _update_needed_prompt(self, stats: StepStats, now: float) -> None:
+        """P: prompt tokens a step with which the most urgent first token comes in time."""
+        allowance = self._allowance_s
+        slack = max(stats.first_token_due - now, allowance)
+        needed = stats.queued_tokens * allowance / slack
+        floor = self._capacity.block_size
+        self._needed_prompt = max(floor, needed, NEED_KEPT * self._needed_prompt)
+
+    # Limits.
+
+    def _first_limits(self) -> Limits:
+        capacity = self._capacity
+        if self._model.is_ready:
+            n, tokens = capacity.max_slots, capacity.max_step_tokens
+        else:
+            n, tokens = FIRST_RUNNING, FIRST_RUNNING + FIRST_PROMPT_BLOCKS * capacity.block_size
+        n = min(n, capacity.max_slots)
+        self.limits = Limits(n, min(tokens, capacity.max_step_tokens))
+        self._most_running = n
+        if self._model.is_ready:
+            self._renew()
+        return self.limits
+
+    def _renew(self) -> Limits | None:
+        """Limits as they should be; None where those in force are near enough."""
+        if not self._model.is_ready:
+            return None
+        old = self.limits
+        running = self._within_dead_band(self._largest_n(), old.max_running)
+        shrink: Shrink = "preempt" if self._serves_interactive else "drain"
+        n = min(self._n, running) if shrink == "preempt" else self._n
+        tokens = self._token_budget(n, old)
+        running = max(1, min(running, tokens))
+        if running == old.max_running and tokens == old.token_budget and shrink == old.shrink:
+            return None
+        self.limits = Limits(running, tokens, shrink)
+        return self.limits
+
+    def _largest_n(self) -> float:
+        """The largest n whose step is within the allowance while it decodes, and, but for the one
+        request that is then computing its prompt, with the prompt tokens needed."""
+        model = self._model
+        room = self._allowance_s - model.base_s
+        kv = self._kv_mean + max(0.0, self._kv_growth) * GROWTH_STEPS
+        each = model.per_request_s + model.per_kv_token_s * kv
+        most = float(self._capacity.max_slots)
+        if each * most <= room - self._needed_prompt * self._prompt_token_s:
+            return most
+        if each <= 0.0:
+            return 1.0
+        for_block = 1.0 + (room - self._capacity.block_size * self._prompt_token_s) / each
+        for_needed = 1.0 + (room - self._needed_prompt * self._prompt_token_s) / each
+        # Prompts cannot push out interactive requests, whose slots they wait for.
+        for_prompts = max(for_needed, min(for_block, float(self._interactive_requests)))
+        return max(1.0, min(for_prompts, room / each, most))
+
+    def _within_dead_band(self, wanted: float, current: int) -> int:
+        wanted = min(wanted, float(self._most_running))
+        band = DEAD_BAND * current
+        if wanted >= current + max(1.0, band) or wanted <= current - max(0.5, band / 2):
+            return int(wanted)
+        return current
+
+    def _token_budget(self, n: int, old: Limits) -> int:
+        """n decodes and the prompt tokens that fill the step; the one in force where the difference is
+        within the dead band."""
+        model, capacity = self._model, self._capacity
+        kv_tokens = (self._kv_tokens / self._n if self._n else self._kv_mean) * n + n
+        allowance = self._allowance_s
+        room = allowance - model.seconds(n, kv_tokens, 0.0, 0.0)
+        each = self._prompt_token_s
+        most = capacity.max_step_tokens - n
+        prompt = most if each * most <= room else int(max(room, 0.0) / each)
+        in_force = old.token_budget - n
+        # At most doubled: beyond what was tried, the model is a guess.
+        prompt = min(prompt, max(2 * in_force, FIRST_PROMPT_BLOCKS * capacity.block_size))
+        prompt = min(max(prompt, capacity.block_size), most)
+        change_s = (prompt - in_force) * each
+        if in_force >= capacity.block_size and -OVERRUN_BAND * allowance < change_s < DEAD_BAND * allowance:
+            return old.token_budget
+        return n + prompt

@@ -1,0 +1,213 @@
+"""How long a step takes, learned while the engine runs.
+
+Recursive least squares on the linear model of `StepCosts`, with forgetting, so that the fit is a
+good one near where the engine runs now, whatever the true curve looks like elsewhere.
+"""
+
+from __future__ import annotations
+
+from .autoscaler_inputs import EngineCapacity
+from .step_costs import StepCosts
+from .step_stats import StepStats
+
+FORGETTING = 0.995
+"""What a step's weight shrinks by with each later step."""
+
+NOISE = 0.03
+"""Relative deviation of a step from the model; the scale of the prior's certainty."""
+PRIOR_DEVIATION = 0.3
+"""Relative deviation of a coefficient from a prior that was fitted on the like of this machine."""
+
+DECODE_STEPS = 16
+PROMPT_STEPS = 4
+"""Steps summed into one observation: the model is linear, so sums obey it too."""
+
+SIZE = 5
+MIN_STEPS = 8
+
+
+class StepModel:
+    """Fits seconds = coefficients . features, features (1, n, K, P, C) as in `StepCosts`.
+
+    Residuals are relative (every observation is divided by its time), because noise is. The
+    coefficients are kept non-negative by moving along the covariance, which is the constrained least
+    squares step. Information is forgotten only in the direction of what is being observed (Kulhavy's
+    directional forgetting): a direction that inputs never vary in keeps its covariance, which
+    therefore stays bounded, however long inputs stay the same.
+    """
+
+    __slots__ = (
+        "_capacity",
+        "_coefficients",
+        "_covariance",
+        "_decode_sums",
+        "_initial",
+        "_prompt_sums",
+        "_scale",
+        "base_s",
+        "per_kv_token_s",
+        "per_prompt_context_s",
+        "per_prompt_token_s",
+        "per_request_s",
+        "steps",
+    )
+
+    def __init__(self, capacity: EngineCapacity, prior: StepCosts | None = None) -> None:
+        self._capacity = capacity
+        # Features as shares of a full engine, so that coefficients are seconds of like size.
+        self._scale = (
+            1.0,
+            float(capacity.max_slots),
+            float(capacity.kv_capacity_tokens),
+            float(capacity.max_step_tokens),
+            float(capacity.max_step_tokens) * capacity.max_step_tokens,
+        )
+        self._coefficients = [0.0] * SIZE
+        self._covariance: list[list[float]] = []
+        self._initial: list[float] = []
+        self._decode_sums = [0.0] * 4
+        self._prompt_sums = [0.0] * 6
+        self.steps = 0
+        """Steps taken in so far."""
+        self.base_s = self.per_request_s = self.per_kv_token_s = 0.0
+        self.per_prompt_token_s = self.per_prompt_context_s = 0.0
+        if prior is not None:
+            self._take_prior(prior)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has a prior, or enough steps of its own."""
+        return self.base_s > 0.0 or self.per_request_s > 0.0 or self.per_kv_token_s > 0.0
+
+    @property
+    def costs(self) -> StepCosts | None:
+        if not self.is_ready:
+            return None
+        return StepCosts(
+            self.base_s,
+            self.per_request_s,
+            self.per_kv_token_s,
+            self.per_prompt_token_s,
+            self.per_prompt_context_s,
+        )
+
+    def seconds(self, n: float, kv_tokens: float, prompt_tokens: float, prompt_context: float) -> float:
+        return (
+            self.base_s
+            + self.per_request_s * n
+            + self.per_kv_token_s * kv_tokens
+            + self.per_prompt_token_s * prompt_tokens
+            + self.per_prompt_context_s * prompt_context
+        )
+
+    def observe(self, stats: StepStats, seconds: float) -> None:
+        """Take in a step that took `seconds` (> 0). Steps with copies do not belong here."""
+        self.steps += 1
+        if stats.prefill_tokens:
+            self._add_prompt_step(stats, seconds)
+            return
+        sums = self._decode_sums
+        sums[0] += 1.0
+        sums[1] += stats.decode_requests
+        sums[2] += stats.kv_tokens
+        sums[3] += seconds
+        if sums[0] >= DECODE_STEPS or self.steps <= MIN_STEPS:
+            self._update(sums[0], sums[1], sums[2], 0.0, 0.0, sums[3])
+            self._decode_sums = [0.0] * 4
+
+    def _add_prompt_step(self, stats: StepStats, seconds: float) -> None:
+        sums = self._prompt_sums
+        sums[0] += 1.0
+        sums[1] += stats.decode_requests
+        sums[2] += stats.kv_tokens
+        sums[3] += stats.prefill_tokens
+        sums[4] += stats.prefill_context
+        sums[5] += seconds
+        if sums[0] >= PROMPT_STEPS or self.steps <= MIN_STEPS:
+            self._update(*sums)
+            self._prompt_sums = [0.0] * 6
+
+    def _take_prior(self, prior: StepCosts) -> None:
+        values = (
+            prior.base_s,
+            prior.per_request_s,
+            prior.per_kv_token_s,
+            prior.per_prompt_token_s,
+            prior.per_prompt_context_s,
+        )
+        self._coefficients = [value * scale for value, scale in zip(values, self._scale, strict=True)]
+        # A coefficient that the prior has at zero may turn out not to be: it gets some room too.
+        floor = 0.1 * max(self._coefficients)
+        deviations = [PRIOR_DEVIATION * max(value, floor) / NOISE for value in self._coefficients]
+        self._set_covariance([deviation * deviation for deviation in deviations])
+        self._publish()
+
+    def _take_weak_prior(self, seconds: float) -> None:
+        """Nothing is known but the time of one step: each coefficient may be many times that."""
+        deviations = [seconds, 4 * seconds, 4 * seconds, 16 * seconds, 16 * seconds]
+        self._set_covariance([(deviation / NOISE) ** 2 for deviation in deviations])
+
+    def _set_covariance(self, diagonal: list[float]) -> None:
+        self._initial = diagonal
+        self._covariance = [
+            [diagonal[row] if row == column else 0.0 for column in range(SIZE)] for row in range(SIZE)
+        ]
+
+    def _update(
+        self, count: float, n: float, kv: float, prompt: float, context: float, seconds: float
+    ) -> None:
+        """One observation: `count` steps whose features and times add up to these."""
+        if not self._covariance:
+            self._take_weak_prior(seconds / count)
+        root = count**0.5
+        scale, weight = self._scale, root / seconds
+        # In units of the observed time; the mean of `count` steps has 1 / count of the variance.
+        x0, x1, x2 = count * weight, n / scale[1] * weight, kv / scale[2] * weight
+        x3, x4 = prompt / scale[3] * weight, context / scale[4] * weight
+        rows = self._covariance
+        g = [r[0] * x0 + r[1] * x1 + r[2] * x2 + r[3] * x3 + r[4] * x4 for r in rows]
+        spread = x0 * g[0] + x1 * g[1] + x2 * g[2] + x3 * g[3] + x4 * g[4]
+        if not spread > 0.0:
+            self._set_covariance(self._initial)
+            return
+        theta = self._coefficients
+        error = root - (x0 * theta[0] + x1 * theta[1] + x2 * theta[2] + x3 * theta[3] + x4 * theta[4])
+        gain = error / (1.0 + spread)
+        self._coefficients = [value + gain * along for value, along in zip(theta, g, strict=True)]
+        self._forget_along(g, spread, FORGETTING**count)
+        self._keep_non_negative()
+        self._publish()
+
+    def _forget_along(self, g: list[float], spread: float, forgetting: float) -> None:
+        """Information along the observation becomes forgetting x (what it was + 1); nothing is
+        forgotten across it. With g = covariance x and spread = x' covariance x this is a rank-1
+        update; it grows the covariance where spread < 1 / forgetting - 1."""
+        step = (forgetting * (1.0 + spread) - 1.0) / (forgetting * spread * (1.0 + spread))
+        for row, along in zip(self._covariance, g, strict=True):
+            factor = step * along
+            row[0] -= factor * g[0]
+            row[1] -= factor * g[1]
+            row[2] -= factor * g[2]
+            row[3] -= factor * g[3]
+            row[4] -= factor * g[4]
+
+    def _keep_non_negative(self) -> None:
+        """Move the most negative coefficient to zero at the least cost in fit, which moves those that
+        are correlated with it; the rest of them are cut off."""
+        theta = self._coefficients
+        lowest = min(theta)
+        if lowest >= 0.0:
+            return
+        index = theta.index(lowest)
+        row = self._covariance[index]
+        shift = -lowest / row[index]
+        self._coefficients = [max(0.0, value + shift * r) for value, r in zip(theta, row, strict=True)]
+        self._coefficients[index] = 0.0
+
+    def _publish(self) -> None:
+        theta, scale = self._coefficients, self._scale
+        self.base_s = theta[0]
+        self.per_request_s = theta[1] / scale[1]
+        self.per_kv_token_s = theta[2] / scale[2]
+        self.per_prompt_token_s = theta[3] / scale[3]
+        self.per_prompt_context_s = theta[4] / scale[4]
