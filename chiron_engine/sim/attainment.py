@@ -49,7 +49,15 @@ class Attainment:
 
 def attainment(result: RunResult) -> dict[SloClass, Attainment]:
     """By class, for those that have requests."""
-    return {stream.slo_class: _of_stream(result.requests, stream) for stream in result.workload.streams}
+    return {
+        stream.slo_class: _count(_failing(result.requests, stream), len(stream.trace))
+        for stream in result.workload.streams
+    }
+
+
+def attained_rows(result: RunResult, stream: Stream) -> np.ndarray:
+    """For each request of a stream, whether it met its SLO."""
+    return ~np.logical_or.reduce(list(_failing(result.requests, stream).values()))
 
 
 def rows(column: object, stream: Stream) -> np.ndarray:
@@ -57,7 +65,8 @@ def rows(column: object, stream: Stream) -> np.ndarray:
     return np.asarray(column)[stream.first_id : stream.first_id + len(stream.trace)]
 
 
-def _of_stream(columns: RequestColumns, stream: Stream) -> Attainment:
+def _failing(columns: RequestColumns, stream: Stream) -> dict[str, np.ndarray]:
+    """By reason, which requests it applies to."""
     outcome = rows(columns.outcome, stream)
     arrival = np.asarray(stream.trace.arrival_s)
     took_s = rows(columns.last_token_s, stream) - arrival
@@ -70,7 +79,7 @@ def _of_stream(columns: RequestColumns, stream: Stream) -> Attainment:
         failing["late_end"] = took_s > end_s + TOLERANCE_S
     else:
         failing["deadline"] = took_s > stream.completion_s + TOLERANCE_S
-    return _count(failing, len(stream.trace))
+    return failing
 
 
 def _count(failing: dict[str, np.ndarray], requests: int) -> Attainment:

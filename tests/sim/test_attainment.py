@@ -9,7 +9,12 @@ from array import array
 import pytest
 
 from chiron_engine.policy.iteration.request import Slo, SloClass
-from chiron_engine.sim.attainment import allowed_late_gaps, attainment, interactive_attained
+from chiron_engine.sim.attainment import (
+    allowed_late_gaps,
+    attained_rows,
+    attainment,
+    interactive_attained,
+)
 from chiron_engine.sim.run_result import (
     InstanceLife,
     ItlHistogram,
@@ -72,8 +77,10 @@ INTERACTIVE_CASES: list[tuple[str | None, Row]] = [
 
 @pytest.mark.parametrize(("reason", "row"), INTERACTIVE_CASES)
 def test_interactive_by_hand(reason: str | None, row: Row) -> None:
-    found = attainment(result_of([row], trace("t", [10.0], [row[4] or 5]), None))[SloClass.INTERACTIVE]
+    result = result_of([row], trace("t", [10.0], [row[4] or 5]), None)
+    found = attainment(result)[SloClass.INTERACTIVE]
     assert found.attained == (reason is None)
+    assert attained_rows(result, result.workload.streams[0]).tolist() == [reason is None]
     assert found.misses == {
         name: int(name == reason) for name in ("rejected", "unfinished", "ttft", "gaps", "late_end")
     }
