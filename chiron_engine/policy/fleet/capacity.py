@@ -1,0 +1,84 @@
+"""What a request asks of an instance, as a share of it and as work."""
+
+from __future__ import annotations
+
+from chiron_engine.policy.iteration.step_costs import StepCosts
+
+from .config import FleetConfig
+from .messages import InstanceSpec
+
+LEARNING_RATE = 0.05
+MOST_DRIFT = 2.0
+LEAST_ROOM = 0.02
+
+
+class CapacityModel:
+    """An instance is full when its steps reach the ITL target, its KV or its slots, whichever
+    comes first; a step takes base + the sum of what each request adds to it.
+
+    The step costs are the spec's until instances report fitted ones, and stay within a factor of
+    two of them: a fit at one operating point may swap one coefficient for another.
+    """
+
+    def __init__(self, spec: InstanceSpec, config: FleetConfig) -> None:
+        self.spec = spec
+        self.costs = spec.costs
+        self.kv_capacity = float(spec.kv_capacity_tokens)
+        self.max_slots = spec.max_slots
+        self.batch_itl_s = config.batch_itl_s
+        self._margin = config.itl_margin
+        for target in config.itl_targets_s:
+            if target * self._margin <= spec.costs.base_s:
+                raise ValueError(
+                    f"no instance can meet an ITL target of {1e3 * target:g} ms: an empty step takes "
+                    f"{1e3 * spec.costs.base_s:.3g} ms; the best on offer is "
+                    f"{1e3 * spec.costs.base_s / self._margin:.3g} ms"
+                )
+
+    def learn(self, reported: StepCosts) -> None:
+        """Blend in the step model that an instance fitted online."""
+        blended = [
+            _blend(getattr(self.costs, name), getattr(reported, name), getattr(self.spec.costs, name))
+            for name in StepCosts.__slots__
+        ]
+        self.costs = StepCosts(*blended)
+
+    def room_s(self, target_s: float) -> float:
+        """Seconds of a step at this ITL target beyond those of an empty one."""
+        return max(self._margin * target_s - self.costs.base_s, LEAST_ROOM * target_s)
+
+    def added_s(self, prompt_tokens: float, output_tokens: float) -> float:
+        """Seconds a request adds to each step it decodes in, its prompt spread over them:
+        a + b ctx + p prompt / output, at its mean context."""
+        costs = self.costs
+        return (
+            costs.per_request_s
+            + costs.per_kv_token_s * (prompt_tokens + 0.5 * output_tokens)
+            + costs.prefill_s(prompt_tokens) / output_tokens
+        )
+
+    def share(self, added_s: float, kv_tokens: float, target_s: float) -> float:
+        """du, the part of one instance that a request takes while it runs."""
+        share = max(added_s / self.room_s(target_s), kv_tokens / self.kv_capacity, 1.0 / self.max_slots)
+        return min(1.0, share)
+
+    def work_s(self, prompt_tokens: float, output_tokens: float, target_s: float) -> float:
+        """Seconds of one full instance for a request: prefill + sum over output tokens of
+        a + b ctx + c du, its part of the empty step. With du the share of KV this is the
+        c ctx / capacity of the lower bound, with the share of time its c / n_max(S)."""
+        added = self.added_s(prompt_tokens, output_tokens)
+        share = self.share(added, prompt_tokens + 0.5 * output_tokens, target_s)
+        return output_tokens * (added + self.costs.base_s * share)
+
+    def service_s(self, prompt_tokens: float, output_tokens: float, target_s: float) -> float:
+        """Seconds from routing to the last token on a full instance."""
+        added = self.added_s(prompt_tokens, output_tokens)
+        share = self.share(added, prompt_tokens + 0.5 * output_tokens, target_s)
+        return output_tokens * (added / share + self.costs.base_s)
+
+
+def _blend(now: float, reported: float, prior: float) -> float:
+    if prior == 0:
+        return now + LEARNING_RATE * (reported - now)
+    kept = min(max(reported, prior / MOST_DRIFT), prior * MOST_DRIFT)
+    return now + LEARNING_RATE * (kept - now)

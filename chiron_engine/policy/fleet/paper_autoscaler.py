@@ -1,0 +1,77 @@
+"""Baselines: the global autoscaler as the paper has it, repaired and to the letter."""
+
+from __future__ import annotations
+
+import math
+
+from .config import FleetConfig
+from .fleet_view import BatchView, Decision, FleetView, PoolTarget, PoolView
+from .waiting_time import late_groups
+
+THETA = 1.0 / 3.0
+"""The paper's example: spikes of three times the usual load."""
+
+
+class PaperAutoscaler:
+    """Algorithm 2 in closed form, N = ceil(busy / Theta) with busy = ceil(sum of u), a dead band of
+    one instance downwards, and Theta fixed. Batch: one more instance at each tick with a late
+    group, none when the queue is empty."""
+
+    def __init__(self, config: FleetConfig) -> None:
+        self._least = config.min_instances
+
+    def decide(self, view: FleetView) -> Decision:
+        return _decide(view, [self._pool(pool) for pool in view.pools])
+
+    def _pool(self, pool: PoolView) -> PoolTarget:
+        busy = math.ceil(pool.load)
+        wanted = max(math.ceil(busy / THETA), self._least)
+        total = pool.instances if wanted == pool.instances - 1 else wanted
+        return PoolTarget(pool.target_s, min(busy, total - 1), total - min(busy, total - 1))
+
+
+class PaperLiteralAutoscaler:
+    """Algorithm 2 to the letter: an instance is busy when it runs any interactive request, and one
+    instance is added or removed a tick while IBP is over or under Theta. It flips for ever unless
+    1 / Theta divides the count, and under spreading it climbs to the cap."""
+
+    def __init__(self, config: FleetConfig) -> None:
+        self._least = config.min_instances
+
+    def decide(self, view: FleetView) -> Decision:
+        return _decide(view, [self._pool(pool) for pool in view.pools])
+
+    def _pool(self, pool: PoolView) -> PoolTarget:
+        total = max(self._least, step_by_one(pool.busy_instances, pool.instances))
+        interactive = min(pool.busy_instances, total - 1)
+        return PoolTarget(pool.target_s, interactive, total - interactive)
+
+
+def step_by_one(busy: int, instances: int, theta: float = THETA) -> int:
+    """One instance more while IBP is over Theta, one less while it is under."""
+    if not instances:
+        return 1
+    pressure = busy / instances
+    if math.isclose(pressure, theta):
+        return instances
+    return instances + 1 if pressure > theta else instances - 1
+
+
+def _decide(view: FleetView, targets: list[PoolTarget]) -> Decision:
+    instances = sum(pool.instances for pool in view.pools)
+    busy = sum(pool.busy_instances for pool in view.pools)
+    late = late_groups(view.batch.groups, view.batch.throughput, view.now)
+    return Decision(
+        pools=tuple(targets),
+        batch=_batch(view.batch, late),
+        busy=float(busy),
+        theta=THETA,
+        interactive_backpressure=busy / instances if instances else 0.0,
+        batch_backpressure=late,
+    )
+
+
+def _batch(batch: BatchView, late: int) -> int:
+    if not batch.queued:
+        return 0
+    return batch.instances + 1 if late else batch.instances

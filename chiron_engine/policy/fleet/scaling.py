@@ -1,0 +1,174 @@
+"""Carries out what the global autoscaler decides: launches, roles, closing and draining."""
+
+from __future__ import annotations
+
+from chiron_engine.policy.iteration.request import SloClass
+
+from .capacity import CapacityModel
+from .config import FleetConfig
+from .dispatcher import Dispatcher, Effects
+from .fleet_view import BatchView, Decision, FleetView, GlobalAutoscaler, PoolView
+from .instances import Instance, Instances
+from .load_lead import LoadLead
+from .messages import Drain, InstanceState, Launch, Role, SetRole
+from .reconcile import CLOSE, OPEN, Order, Reconciler
+from .request_groups import group_work
+from .router import Router
+from .waiting_time import Throughput
+
+MOST_CLOSING_S = 120.0
+"""How long a closing instance may finish its work before batch requests are taken back from it."""
+MOST_BACKOFF_S = 60.0
+THROUGHPUT_CV = 0.05
+
+
+class Scaling:
+    """Lives of instances from launch to exit, decided once a tick."""
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        model: CapacityModel,
+        instances: Instances,
+        dispatcher: Dispatcher,
+        router: Router,
+        autoscaler: GlobalAutoscaler,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._instances = instances
+        self._dispatcher = dispatcher
+        self._router = router
+        self._autoscaler = autoscaler
+        self._most = config.max_gpus // model.spec.gpus
+        self._lead = LoadLead(model.spec.load_s, config.tick_s)
+        self._failures = 0
+        self._no_launch_before = 0.0
+        self.decision: Decision | None = None
+
+    def launch_initial(self, count: int, now: float, out: Effects) -> None:
+        if not 0 <= count <= self._most:
+            raise ValueError(f"{count} instances to start with; the GPU cap holds 0 to {self._most}")
+        for _ in range(count):
+            self._launch(Role.MIXED, self._config.itl_targets_s[0], now, out).is_initial = True
+
+    def tick(self, now: float, out: Effects) -> None:
+        self._follow_model()
+        self._dispatcher.serve_held(now, out)
+        self._dispatcher.throughput.forget_old(self._config.tick_s)
+        view = self._view(now)
+        self.decision = self._autoscaler.decide(view)
+        free = self._most - len(self._instances) if now >= self._no_launch_before else 0
+        for order in list(Reconciler(self._instances, free).orders(self.decision)):
+            self._carry_out(order, now, out)
+        self._drain_closed(now, out)
+        self._fill_all(now, out)
+
+    def ready(self, instance: Instance, now: float, out: Effects) -> None:
+        if not instance.is_initial:
+            self._lead.observe(now - instance.launched_at)
+            self._failures = 0
+        self._instances.set_ready(instance, now)
+        self._router.refresh(instance)
+        self._dispatcher.serve_held(now, out)
+        self._dispatcher.fill(instance, now, out)
+
+    def launch_failed(self, instance: Instance, now: float, out: Effects) -> None:
+        """The next launch waits: twice as long after each failure in a row."""
+        self._failures += 1
+        self._no_launch_before = now + min(MOST_BACKOFF_S, self._config.tick_s * 2**self._failures)
+        self.gone(instance.instance_id, {}, now, out)
+
+    def gone(self, instance_id: int, produced: dict[int, int], now: float, out: Effects) -> None:
+        instance = self._instances.by_id.get(instance_id)
+        if instance is None:
+            return
+        self._dispatcher.withdraw(instance)
+        self._instances.remove(instance)
+        self._dispatcher.lose(instance, produced, now, out)
+
+    def _launch(self, role: Role, target_s: float, now: float, out: Effects) -> Instance:
+        spec = self._model.spec
+        instance = self._instances.launch(role, target_s, self._model.kv_capacity, spec.max_slots, now)
+        instance.room_s = self._model.room_s(target_s)
+        out.append(Launch(instance.instance_id, role, target_s))
+        return instance
+
+    def _carry_out(self, order: Order, now: float, out: Effects) -> None:
+        if order.instance is None:
+            self._launch(order.role, order.target_s, now, out)
+        elif order.action == CLOSE:
+            self._close(order.instance, now, out)
+        elif order.action == OPEN:
+            order.instance.closing = False
+            self._router.refresh(order.instance)
+        else:
+            self._dispatcher.set_role(order.instance, order.role, order.target_s)
+            out.append(SetRole(order.instance.instance_id, order.role, order.target_s))
+
+    def _close(self, instance: Instance, now: float, out: Effects) -> None:
+        instance.closing = True
+        instance.closing_since = now
+        self._dispatcher.withdraw(instance)
+
+    def _drain_closed(self, now: float, out: Effects) -> None:
+        for instance in self._instances.staying():
+            overdue = now - instance.closing_since >= MOST_CLOSING_S
+            if instance.closing and (instance.is_empty or overdue):
+                self._dispatcher.release_saved(instance, out)
+                self._instances.set_draining(instance)
+                out.append(Drain(instance.instance_id))
+
+    def _follow_model(self) -> None:
+        """Loads under the step model of now."""
+        for instance in self._instances.by_id.values():
+            instance.room_s = self._model.room_s(instance.target_s)
+            instance.refresh_load()
+            self._router.refresh(instance)
+
+    def _fill_all(self, now: float, out: Effects) -> None:
+        if not self._dispatcher.queue.num_queued:
+            return
+        for role in (Role.BATCH, Role.MIXED):
+            for instance in list(self._instances.ready[role].values()):
+                self._dispatcher.fill(instance, now, out)
+
+    def _view(self, now: float) -> FleetView:
+        pools = [self._pool_view(target) for target in self._config.itl_targets_s]
+        return FleetView(now, self._lead.seconds, self._most, pools, self._batch_view(now))
+
+    def _pool_view(self, target_s: float) -> PoolView:
+        dispatcher = self._dispatcher
+        pool = [
+            instance
+            for instance in self._instances.staying()
+            if instance.role is not Role.BATCH and instance.target_s == target_s and not instance.closing
+        ]
+        work, squares = dispatcher.arrived_work[target_s], dispatcher.arrived_squares[target_s]
+        dispatcher.arrived_work[target_s] = dispatcher.arrived_squares[target_s] = 0.0
+        return PoolView(
+            target_s=target_s,
+            instances=len(pool),
+            busy_instances=sum(bool(instance.interactive) for instance in pool),
+            load=sum(instance.load for instance in pool) + dispatcher.held_load(target_s),
+            arrived_work_s=work,
+            arrived_squares=squares,
+        )
+
+    def _batch_view(self, now: float) -> BatchView:
+        queue, outputs = self._dispatcher.queue, self._dispatcher.outputs[SloClass.BATCH]
+        groups = [group_work(group, self._model, outputs) for group in queue.groups()]
+        return BatchView(groups, self._batch_throughput(now), queue.num_queued)
+
+    def _batch_throughput(self, now: float) -> Throughput:
+        batch = [i for i in self._instances.staying() if i.role is Role.BATCH and not i.closing]
+        ready_in = sorted(self._ready_in(instance, now) for instance in batch)
+        mixed = self._instances.ready[Role.MIXED].values()
+        free = sum(max(0.0, 1.0 - instance.load) for instance in mixed if instance.is_open)
+        measured = self._dispatcher.throughput
+        return Throughput(measured.spare_rate * free, measured.rate, tuple(ready_in), THROUGHPUT_CV)
+
+    def _ready_in(self, instance: Instance, now: float) -> float:
+        if instance.state is InstanceState.READY:
+            return 0.0
+        return max(self._config.tick_s, instance.launched_at + self._lead.seconds - now)

@@ -1,0 +1,67 @@
+"""Theta, the interactive backpressure to keep (section 5): the share of interactive and mixed
+instances that may be busy, so that a spike inside one load time finds the others free."""
+
+from __future__ import annotations
+
+from collections import deque
+
+PRIOR_RATIO = 2.0
+LEAST_RATIO = 1.1
+MOST_RATIO = 4.0
+QUANTILE = 0.99
+LEARNED_LEADS = 20
+BIN = 0.01
+LEAST_DEMAND = 0.05
+
+
+class Theta:
+    """1 / r, with r the spike ratio: the 99th percentile over history of the largest D within one
+    load lead after a moment, over the mean D of the 60 s before it. The ratios are kept as counts
+    in bins of 1 %, so a tick costs the same after a day."""
+
+    def __init__(self, tick_s: float) -> None:
+        self._tick_s = tick_s
+        self._counts = [0] * (round((MOST_RATIO - 1.0) / BIN) + 1)
+        self._total = 0
+        self._means: deque[float] = deque()
+        self._peaks: deque[tuple[int, float]] = deque()
+        self._ticks = 0
+        self.ratio = PRIOR_RATIO
+
+    @property
+    def value(self) -> float:
+        return 1.0 / self.ratio
+
+    def observe(self, busy: float, mean: float, lead_s: float) -> None:
+        """One tick: D now, its mean over the last 60 s, and the load lead L."""
+        lead_ticks = max(1, round(lead_s / self._tick_s))
+        self._push_peak(busy, lead_ticks)
+        self._ticks += 1
+        self._means.append(mean)
+        while len(self._means) > lead_ticks:
+            self._count(self._peaks[0][1], self._means.popleft())
+        if self._ticks >= LEARNED_LEADS * lead_ticks and self._total:
+            self.ratio = min(max(self._quantile(), LEAST_RATIO), MOST_RATIO)
+
+    def _push_peak(self, busy: float, lead_ticks: int) -> None:
+        """Keeps the falling maxima of the last L: the first of them is the largest D."""
+        while self._peaks and self._peaks[-1][1] <= busy:
+            self._peaks.pop()
+        self._peaks.append((self._ticks, busy))
+        while self._peaks[0][0] <= self._ticks - lead_ticks:
+            self._peaks.popleft()
+
+    def _count(self, peak: float, mean: float) -> None:
+        if mean < LEAST_DEMAND:
+            return
+        place = int((peak / mean - 1.0) / BIN) + 1 if peak > mean else 0
+        self._counts[min(place, len(self._counts) - 1)] += 1
+        self._total += 1
+
+    def _quantile(self) -> float:
+        above = (1.0 - QUANTILE) * self._total
+        place = len(self._counts) - 1
+        while place > 0 and self._counts[place] <= above:
+            above -= self._counts[place]
+            place -= 1
+        return 1.0 + place * BIN
