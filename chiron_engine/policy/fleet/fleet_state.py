@@ -20,6 +20,7 @@ from .messages import (
     InstanceReported,
     InstanceSpec,
     InstanceState,
+    Launch,
     LaunchFailed,
     RequestArrived,
     RequestCancelled,
@@ -65,12 +66,10 @@ class FleetState:
         """Whether an accepted request has not ended."""
         return bool(self.dispatcher.tracked)
 
-    def start(self, instances: int, now: float) -> list[FleetEffect]:
+    def start(self, instances: int, now: float) -> list[Launch]:
         """Launch mixed instances that the interpreter makes ready at once. Raises ValueError if the
         GPU cap does not hold them."""
-        out: Effects = []
-        self.scaling.launch_initial(instances, now, out)
-        return out
+        return self.scaling.launch_initial(instances, now)
 
     def handle(self, event: FleetEvent, now: float) -> list[FleetEffect]:
         out: Effects = []

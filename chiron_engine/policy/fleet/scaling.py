@@ -46,11 +46,15 @@ class Scaling:
         self._no_launch_before = 0.0
         self.decision: Decision | None = None
 
-    def launch_initial(self, count: int, now: float, out: Effects) -> None:
+    def launch_initial(self, count: int, now: float) -> list[Launch]:
         if not 0 <= count <= self._most:
             raise ValueError(f"{count} instances to start with; the GPU cap holds 0 to {self._most}")
+        launches = []
         for _ in range(count):
-            self._launch(Role.MIXED, self._config.itl_targets_s[0], now, out).is_initial = True
+            instance, launch = self._launch(Role.MIXED, self._config.itl_targets_s[0], now)
+            instance.is_initial = True
+            launches.append(launch)
+        return launches
 
     def tick(self, now: float, out: Effects) -> None:
         self._follow_model()
@@ -87,16 +91,15 @@ class Scaling:
         self._instances.remove(instance)
         self._dispatcher.lose(instance, produced, now, out)
 
-    def _launch(self, role: Role, target_s: float, now: float, out: Effects) -> Instance:
+    def _launch(self, role: Role, target_s: float, now: float) -> tuple[Instance, Launch]:
         spec = self._model.spec
         instance = self._instances.launch(role, target_s, self._model.kv_capacity, spec.max_slots, now)
         instance.room_s = self._model.room_s(target_s)
-        out.append(Launch(instance.instance_id, role, target_s))
-        return instance
+        return instance, Launch(instance.instance_id, role, target_s)
 
     def _carry_out(self, order: Order, now: float, out: Effects) -> None:
         if order.instance is None:
-            self._launch(order.role, order.target_s, now, out)
+            out.append(self._launch(order.role, order.target_s, now)[1])
         elif order.action == CLOSE:
             self._close(order.instance, now, out)
         elif order.action == OPEN:
