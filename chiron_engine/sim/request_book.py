@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from chiron_engine.policy.iteration.request import Slo, SloClass
@@ -31,7 +31,7 @@ class LiveRequest:
     prompt_tokens: int
     output_tokens: int
     max_tokens: int
-    keys: Sequence[object]
+    keys: Sequence[Hashable]
     produced: int = 0
     left: int = 0
     first_token: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class RequestSource:
         cap = min(self._cap, self._context - prompt)
         output = min(trace.output_tokens[row], cap)
         slo = self._slo(stream.slo_class, when)
-        keys: Sequence[object] = ()
+        keys: Sequence[Hashable] = ()
         prefix = None
         if trace.prefix_blocks is not None:
             blocks = trace.prefix_blocks[row]
@@ -65,10 +65,12 @@ class RequestSource:
             return slo
         return Slo(slo_class, slo.ttft_s, slo.itl_s, arrival + self._completion_s[slo_class])
 
-    def _block_keys(self, stream: Stream, blocks: Sequence[int], prompt: int) -> list[object]:
+    def _block_keys(self, stream: Stream, blocks: Sequence[int], prompt: int) -> list[Hashable]:
         """A key for each full block of the engine's size in the prompt."""
         per_block = stream.trace.prefix_block_tokens // self._block_size
-        keys: list[object] = [(stream.first_id, block, part) for block in blocks for part in range(per_block)]
+        keys: list[Hashable] = [
+            (stream.first_id, block, part) for block in blocks for part in range(per_block)
+        ]
         return keys[: prompt // self._block_size]
 
 

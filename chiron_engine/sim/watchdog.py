@@ -34,9 +34,8 @@ class Watchdog:
             self._served_at = now
         if now - self._busy_at < self._idle_s and now - self._served_at < FRUITLESS_S:
             return
-        overdue = [live for live in self._book.live.values() if now > _due(live) + self._idle_s]
-        if overdue:
-            raise Stuck(_message(overdue, now, instances))
+        if any(now > _due(live) + self._idle_s for live in self._book.live.values()):
+            raise Stuck(_message([*self._book.live], now, instances))
 
 
 def _due(live: LiveRequest) -> float:
@@ -45,10 +44,10 @@ def _due(live: LiveRequest) -> float:
     return live.arrival + live.slo.ttft_s + live.output_tokens * live.slo.itl_s
 
 
-def _message(overdue: list[LiveRequest], now: float, instances: int) -> str:
-    names = ", ".join(str(live.request_id) for live in overdue[:NAMED])
-    more = f" and {len(overdue) - NAMED} more" if len(overdue) > NAMED else ""
+def _message(left: list[int], now: float, instances: int) -> str:
+    names = ", ".join(str(request_id) for request_id in left[:NAMED])
+    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
     return (
-        f"{len(overdue)} requests are overdue at {now:.0f} s and nothing serves them (ids {names}{more}); "
-        f"the policy keeps {instances} instances, and it must keep or start one that can"
+        f"nothing serves the {len(left)} requests that are left at {now:.0f} s (ids {names}{more}) though "
+        f"they are overdue; the policy keeps {instances} instances, and it must keep or start one that can"
     )

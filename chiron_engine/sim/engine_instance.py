@@ -1,0 +1,421 @@
+"""One simulated engine process: the real core in virtual time, and what is seen of it from outside."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chiron_engine.core.clocks import VirtualClock
+from chiron_engine.core.engine_core import EngineCore
+from chiron_engine.core.executor import ExecutorShape
+from chiron_engine.core.latency_model import LatencyModelExecutor
+from chiron_engine.policy.fleet.messages import (
+    FleetEvent,
+    InstanceReported,
+    InstanceState,
+    RequestEvicted,
+    RequestFinished,
+    Role,
+)
+from chiron_engine.policy.iteration.kv_tiers import SwapCosts
+from chiron_engine.policy.iteration.local_autoscaler import (
+    EngineCapacity,
+    ItlTargets,
+    LocalAutoscaler,
+    make_local_autoscaler,
+)
+from chiron_engine.policy.iteration.plan import StepPlan
+from chiron_engine.policy.iteration.request import GREEDY, Request, SloClass
+from chiron_engine.policy.iteration.step_stats import StepStats
+
+from .profile import Profile
+from .request_book import LiveRequest, RequestBook
+from .run_result import InstanceLife, ItlHistogram
+from .token_gaps import TokenGaps
+
+UNBOUNDED = 1 << 60
+"""Queue bounds of a simulated engine: the fleet, not the engine, decides what it is sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetup:
+    """What the instances of one simulation have in common."""
+
+    profile: Profile
+    shape: ExecutorShape
+    local_autoscaler: str
+    interactive_itl_slo_s: float
+    batch_itl_s: float
+    step_noise: float
+    seed: int
+
+    @property
+    def capacity(self) -> EngineCapacity:
+        shape = self.shape
+        tokens = shape.num_device_blocks * shape.block_size
+        return EngineCapacity(shape.max_slots, shape.max_step_tokens, shape.block_size, tokens)
+
+    def autoscaler(self, itl_target_s: float) -> LocalAutoscaler:
+        targets = ItlTargets(itl_target_s, self.batch_itl_s)
+        return make_local_autoscaler(self.local_autoscaler, self.capacity, targets, self.profile.fit)
+
+
+class ObservedExecutor(LatencyModelExecutor):
+    """Tells who is preempted, which the output of a step does not say of those who stay."""
+
+    on_preempted: Callable[[list[Request]], None]
+
+    def submit(self, plan: StepPlan):  # type: ignore[no-untyped-def]
+        if plan.preempted:
+            self.on_preempted(plan.preempted)
+        return super().submit(plan)
+
+
+def engine_shape(
+    profile: Profile, block_size: int, host_kv_share: float, max_model_len: int | None = None
+) -> ExecutorShape:
+    blocks = profile.kv_capacity_tokens // block_size
+    return ExecutorShape(
+        block_size=block_size,
+        num_device_blocks=blocks,
+        num_host_blocks=int(blocks * host_kv_share),
+        max_slots=profile.max_slots,
+        max_step_tokens=profile.max_step_tokens,
+        max_model_len=min(max_model_len or profile.max_model_len, blocks * block_size),
+        vocab_size=1,
+    )
+
+
+class EngineInstance:
+    """From the launch decision to the exit. `send` carries an event to the fleet.
+
+    Interactive requests run to their end here or are lost with it; batch requests that are evicted
+    leave, and what they saved stays until they come back or are forgotten.
+    """
+
+    def __init__(
+        self,
+        instance_id: int,
+        setup: EngineSetup,
+        life: InstanceLife,
+        book: RequestBook,
+        histogram: ItlHistogram,
+        send: Callable[[FleetEvent], None],
+    ) -> None:
+        self.instance_id = instance_id
+        self.life = life
+        self.state: InstanceState | None = InstanceState.LOADING
+        self.role = Role.MIXED
+        self.itl_target_s = setup.interactive_itl_slo_s
+        self.core: EngineCore | None = None
+        self._setup = setup
+        self._book = book
+        self._send = send
+        self._gaps = TokenGaps(setup.interactive_itl_slo_s, histogram)
+        self._held: dict[int, Request] = {}
+        self._saved: dict[int, tuple[Request, int]] = {}
+        self._resuming: dict[Request, int] = {}
+        self._stepping = False
+        self._last_commit = 0.0
+        self._itl_s = 0.0
+        self._batch_tokens = 0
+        self._output_tokens = 0
+
+    # Its life.
+
+    def start(self, now: float) -> None:
+        """The model is loaded."""
+        setup, shape = self._setup, self._setup.shape
+        profile = setup.profile
+        block_copy_s = profile.copy_s_per_kv_token * shape.block_size
+        self._clock = VirtualClock(now)
+        self._autoscaler = setup.autoscaler(self.itl_target_s)
+        executor = ObservedExecutor(
+            shape,
+            profile.step_times,
+            self._clock,
+            output_tokens=_true_length,
+            copy_s_per_block=block_copy_s,
+            noise=setup.step_noise,
+            seed=setup.seed * 1_000_003 + self.instance_id,
+        )
+        executor.on_preempted = self._on_preempted
+        recompute_s = profile.fit.per_prompt_token_s
+        self.core = EngineCore(
+            executor,
+            clock=self._clock,
+            swap_costs=SwapCosts(block_copy_s, block_copy_s, recompute_s),
+            max_queued_requests=UNBOUNDED,
+            max_queued_tokens=UNBOUNDED,
+            local_autoscaler=self._autoscaler,
+            hand_back_evicted=True,
+        )
+        self.core.add_step_hook(self._on_step)
+        self.state = InstanceState.READY
+        self.life.ready_s = now
+
+    def end(self, now: float) -> None:
+        """Its process is gone, for whatever reason."""
+        self.core = None
+        self.state = None
+        self.life.exited_s = now
+        self._held.clear()
+        self._saved.clear()
+
+    def lose(self, now: float) -> dict[int, int]:
+        """It dies with what it runs (`end` follows); returns what is known outside of it: output
+        tokens by request."""
+        produced = {}
+        for request in self._held.values():
+            live: LiveRequest = request.client  # type: ignore[assignment]
+            if live.is_interactive and request not in self._resuming:
+                self._end_part(request, self._last_commit)
+            live.produced = live.produced_before_stay + self._committed(request)
+            produced[request.request_id] = live.produced
+        return produced
+
+    @property
+    def is_spent(self) -> bool:
+        """It drained: nothing is left to do before it exits."""
+        return self.state is InstanceState.DRAINING and not self._held
+
+    @property
+    def is_busy(self) -> bool:
+        return self._stepping or self.state is InstanceState.LOADING
+
+    # What it is told.
+
+    def add(self, live: LiveRequest, now: float) -> None:
+        core = self._running_core(now)
+        saved = self._saved.pop(live.request_id, None)
+        if saved is not None and saved[1] == live.produced:
+            request = saved[0]
+        else:
+            if saved is not None:
+                core.forget(saved[0])
+            request = _engine_request(live)
+        self._held[request.request_id] = request
+        core.add(request)
+
+    def forget(self, request_id: int, now: float) -> None:
+        saved = self._saved.pop(request_id, None)
+        if saved is not None:
+            self._running_core(now).forget(saved[0])
+
+    def set_role(self, role: Role, itl_target_s: float, now: float) -> None:
+        if self.role is not role or not self.life.roles:
+            self.life.roles.append((now, role))
+        self.role = role
+        if itl_target_s == self.itl_target_s:
+            return
+        self.itl_target_s = itl_target_s
+        if self.core is None:
+            return
+        core = self._running_core(now)
+        limits = self._autoscaler.set_targets(ItlTargets(itl_target_s, self._setup.batch_itl_s))
+        if limits is not None:
+            core.set_limits(limits.max_running, limits.token_budget, limits.shrink)
+
+    def drain(self, now: float) -> None:
+        """Give back batch work, with nothing saved for it here; the rest runs to its end."""
+        core = self._running_core(now)
+        self.state = InstanceState.DRAINING
+        produced = {i: self._committed(r) for i, r in self._held.items() if _is_batch(r)}
+        for request in core.give_back_batch():
+            self._leave(request, produced[request.request_id], saved_tokens=0)
+
+    # Its steps.
+
+    def begin_step(self, until: float) -> float | None:
+        """Start a step unless one is under way; returns when it will be complete, None without one
+        to wait for. Steps that change nothing are done at once where they end before `until`."""
+        core = self.core
+        if core is None or self._stepping:
+            return None
+        if until > self._clock.now():
+            core.fast_forward(until)
+        if not core.submit():
+            if core.has_work:
+                self._hand_back(core.complete().handed_back)
+            return None
+        self._stepping = True
+        return core.completes_at
+
+    def complete_step(self, now: float) -> None:
+        self._stepping = False
+        output = self._running_core(now).complete()
+        if self._resuming:
+            self._note_resumed(now)
+        for request in output.finished:
+            self._finish(request, now)
+        self._hand_back(output.handed_back)
+
+    def _hand_back(self, requests: list[Request]) -> None:
+        """Evicted ones leave; what they saved is kept, but by an engine that will be gone soon."""
+        assert self.core is not None
+        for request in requests:
+            saved_tokens = len(request.host_blocks) * self._setup.shape.block_size
+            if self.state is InstanceState.DRAINING or not saved_tokens:
+                self.core.forget(request)
+                saved_tokens = 0
+            self._leave(request, request.num_planned_outputs, saved_tokens)
+
+    def _finish(self, request: Request, now: float) -> None:
+        live: LiveRequest = request.client  # type: ignore[assignment]
+        del self._held[request.request_id]
+        if request.num_planned_outputs != live.left:
+            raise RuntimeError(
+                f"request {request.request_id} ended with {request.num_planned_outputs} output tokens on "
+                f"instance {self.instance_id}; it has {live.left}"
+            )
+        self._output_tokens += 1
+        if live.is_interactive:
+            self._end_part(request, now)
+        else:
+            self._batch_tokens += 1
+            self._note_first_token(request)
+        first = live.first_token
+        assert first is not None  # it has tokens
+        self._book.finish(live, first, now, live.late)
+        self._send(RequestFinished(request.request_id, live.output_tokens))
+
+    def _leave(self, request: Request, produced: int, saved_tokens: int) -> None:
+        """A batch request goes back to the fleet with `produced` output tokens from this stay."""
+        live: LiveRequest = request.client  # type: ignore[assignment]
+        del self._held[request.request_id]
+        self._note_first_token(request)
+        live.evictions += 1
+        live.produced = live.produced_before_stay + produced
+        if saved_tokens:
+            self._saved[request.request_id] = (request, live.produced)
+        self._send(RequestEvicted(request.request_id, live.produced, saved_tokens))
+
+    def _committed(self, request: Request) -> int:
+        """Output tokens that have left this engine since the request came: not the one under way."""
+        assert self.core is not None
+        live: LiveRequest = request.client  # type: ignore[assignment]
+        planned = request.outputs_at(self.core.scheduler.step - self._stepping)
+        return min(planned, live.left - 1)
+
+    def _running_core(self, now: float) -> EngineCore:
+        core = self.core
+        if core is None:
+            raise RuntimeError(f"instance {self.instance_id} is told something while it is not running")
+        self._clock.advance_to(now)
+        return core
+
+    # Gaps between tokens.
+
+    def _on_step(self, stats: StepStats) -> None:
+        self._last_commit = stats.time
+        self._output_tokens += stats.decode_requests
+        self._batch_tokens += stats.itl_batch
+        self._itl_s = stats.itl_s
+        if stats.itl_interactive:
+            self._gaps.step(stats.time, stats.itl_s, stats.itl_interactive)
+
+    def _on_preempted(self, requests: list[Request]) -> None:
+        for request in requests:
+            if not _is_batch(request) and request.first_token is not None:
+                self._end_part(request, self._last_commit)
+                self._resuming[request] = request.num_planned_outputs
+
+    def _note_resumed(self, now: float) -> None:
+        """Requests preempted here whose stream goes on with the step just committed."""
+        assert self.core is not None
+        step = self.core.scheduler.step
+        for request in [r for r, before in self._resuming.items() if r.outputs_at(step) > before]:
+            live: LiveRequest = request.client  # type: ignore[assignment]
+            assert live.last_token is not None
+            live.late += self._gaps.interruption(now - live.last_token)
+            live.resumed_at = now
+            del self._resuming[request]
+
+    def _end_part(self, request: Request, last_token: float) -> None:
+        """The stream ends or is interrupted after its token at `last_token`."""
+        live: LiveRequest = request.client  # type: ignore[assignment]
+        self._note_first_token(request)
+        start = live.resumed_at
+        if start is None:
+            start = request.first_token
+            if start is None:
+                return
+            if live.last_token is not None:
+                live.late += self._gaps.interruption(start - live.last_token)
+        live.late += self._gaps.late_between(start, last_token)
+        live.last_token = last_token
+        live.resumed_at = None
+
+    @staticmethod
+    def _note_first_token(request: Request) -> None:
+        live: LiveRequest = request.client  # type: ignore[assignment]
+        if live.first_token is None:
+            live.first_token = request.first_token
+
+    # What it tells.
+
+    def report(self, now: float) -> InstanceReported:
+        core = self._running_core(now)
+        scheduler, limits = core.scheduler, core.scheduler.limits
+        device = scheduler.tiers.device
+        running_batch = scheduler.num_running_batch
+        return InstanceReported(
+            instance_id=self.instance_id,
+            running_interactive=len(scheduler.running) - running_batch,
+            running_batch=running_batch,
+            waiting=len(scheduler.waiting),
+            kv_tokens=(device.num_blocks - device.num_free) * self._setup.shape.block_size,
+            max_running=limits.max_running,
+            token_budget=limits.token_budget,
+            itl_s=self._itl_s,
+            batch_tokens_total=self._batch_tokens,
+            output_tokens_total=self._output_tokens,
+            preemptions_total=scheduler.num_preemptions,
+            costs=self._autoscaler.costs,
+            latency_backpressure=self._autoscaler.latency_backpressure,
+            throughput_backpressure=self._autoscaler.throughput_backpressure,
+        )
+
+    @property
+    def running(self) -> int:
+        return len(self.core.scheduler.running) if self.core is not None else 0
+
+    @property
+    def limit(self) -> int:
+        return self.core.scheduler.limits.max_running if self.core is not None else 0
+
+    @property
+    def latency_backpressure(self) -> float:
+        return self._autoscaler.latency_backpressure if self.core is not None else 0.0
+
+
+def _is_batch(request: Request) -> bool:
+    return request.slo.slo_class is SloClass.BATCH
+
+
+def _true_length(request: Request) -> int:
+    live: LiveRequest = request.client  # type: ignore[assignment]
+    return live.left
+
+
+def _engine_request(live: LiveRequest) -> Request:
+    """A request new to an engine: tokens it produced elsewhere are part of its prompt."""
+    prompt = live.prompt_tokens + live.produced
+    live.left = live.output_tokens - live.produced
+    request = Request(
+        live.request_id,
+        range(prompt),
+        GREEDY,
+        live.max_tokens - live.produced,
+        slo=live.slo,
+        arrival=live.arrival,
+        client=live,
+        output_ids=_NO_TOKENS,
+    )
+    request.block_keys = list(live.keys)
+    return request
+
+
+_NO_TOKENS: array[int] = array("I")
+"""Shared: with an executor that yields no token values nothing is ever appended."""
