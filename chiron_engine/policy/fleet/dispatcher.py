@@ -87,7 +87,7 @@ class Dispatcher:
             return
         instance = tracked.instance
         tracked.request.num_evicted += 1
-        keeps = saved > 0 and instance.is_open
+        keeps = saved > 0 and instance.is_open and tracked.group is not None
         if saved > 0 and not keeps:
             out.append(Forget(request_id, instance.instance_id))
         self._take_off(tracked)

@@ -87,7 +87,7 @@ class Scaling:
         instance = self._instances.by_id.get(instance_id)
         if instance is None:
             return
-        self._dispatcher.withdraw(instance)
+        instance.closing = True
         self._instances.remove(instance)
         self._dispatcher.lose(instance, produced, now, out)
 
