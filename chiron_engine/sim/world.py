@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,7 @@ class World:
         self._events = EventHeap()
         self._engines: dict[int, EngineInstance] = {}
         self._ended: set[int] = set()
+        self._known_ended: set[int] = set()
         self._result = RunResult(workload, self._book.columns, [], [], ItlHistogram(), 0.0)
         self._progress: Callable[[float], None] | None = None
         self._progress_at = -math.inf
@@ -180,13 +181,18 @@ class World:
     def _send_to_fleet(self, event: FleetEvent) -> None:
         self._events.add(self._events.now + self._settings.rpc_delay_s, self._tell_fleet, event)
 
-    def _tell_fleet(self, event: FleetEvent) -> None:
-        self._apply(self._fleet.handle(event, self._events.now))
+    def _send_end(self, event: InstanceLost | InstanceExited | LaunchFailed, delay_s: float) -> None:
+        self._events.add(self._events.now + delay_s, self._tell_end, event)
 
-    def _apply(self, effects: Iterable[FleetEffect]) -> None:
+    def _tell_fleet(self, event: FleetEvent) -> None:
         handlers = self._effects
-        for effect in effects:
+        for effect in self._fleet.handle(event, self._events.now):
             handlers[type(effect)](effect)
+
+    def _tell_end(self, event: InstanceLost | InstanceExited | LaunchFailed) -> None:
+        """From here on the fleet knows that the instance is no more."""
+        self._known_ended.add(event.instance_id)
+        self._tell_fleet(event)
 
     def _send_to_engine(self, handler: Callable[[Any], None], effect: FleetEffect) -> None:
         self._events.add(self._events.now + self._settings.rpc_delay_s, handler, effect)
@@ -207,6 +213,11 @@ class World:
         self._send_to_engine(self._begin_drain, effect)
 
     def _route(self, effect: Route) -> None:
+        if effect.instance_id in self._known_ended:
+            raise RuntimeError(
+                f"the fleet policy routes request {effect.request_id} to instance {effect.instance_id}, "
+                "which has ended, as it was told"
+            )
         self._send_to_engine(self._submit, effect)
 
     def _forget(self, effect: Forget) -> None:
@@ -278,7 +289,8 @@ class World:
         engine.life.failed = True
         self._result.failed_launches += 1
         self._end(engine)
-        self._send_to_fleet(LaunchFailed(engine.instance_id, "the process ended while it loaded the model"))
+        cause = "the process ended while it loaded the model"
+        self._send_end(LaunchFailed(engine.instance_id, cause), self._settings.rpc_delay_s)
 
     def _ready(self, engine: EngineInstance) -> None:
         now, settings = self._events.now, self._settings
@@ -295,14 +307,13 @@ class World:
         produced = engine.lose(self._events.now)
         self._end(engine)
         self._result.lost_instances += 1
-        event = InstanceLost(engine.instance_id, produced)
         detection_s = max(self._settings.faults.detection_s, self._settings.rpc_delay_s)
-        self._events.add(self._events.now + detection_s, self._tell_fleet, event)
+        self._send_end(InstanceLost(engine.instance_id, produced), detection_s)
 
     def _exit_if_spent(self, engine: EngineInstance) -> None:
         if engine.is_spent:
             self._end(engine)
-            self._send_to_fleet(InstanceExited(engine.instance_id))
+            self._send_end(InstanceExited(engine.instance_id), self._settings.rpc_delay_s)
 
     def _end(self, engine: EngineInstance) -> None:
         self._count(engine)
