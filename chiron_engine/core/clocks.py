@@ -15,6 +15,10 @@ class Clock(Protocol):
         """Let this much time pass."""
         ...
 
+    def sleep_until(self, when: float) -> None:
+        """Let time pass until `when`; return at once where it has passed."""
+        ...
+
 
 class MonotonicClock:
     def now(self) -> float:
@@ -22,6 +26,9 @@ class MonotonicClock:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def sleep_until(self, when: float) -> None:
+        self.sleep(max(0.0, when - self.now()))
 
 
 class VirtualClock:
@@ -36,6 +43,10 @@ class VirtualClock:
     def sleep(self, seconds: float) -> None:
         if seconds > 0:
             self._now += seconds
+
+    def sleep_until(self, when: float) -> None:
+        if when > self._now:
+            self._now = when
 
     def advance_to(self, when: float) -> None:
         """Raises ValueError for a time in the past."""

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from chiron_engine.core.clocks import Clock, MonotonicClock
 from chiron_engine.core.executor import Executor, StepHandle
+from chiron_engine.core.latency_model import LatencyModelExecutor, TimedStep
 from chiron_engine.core.requests import InvalidRequest, QueueFull
 from chiron_engine.core.step_stats import StepHook, StepStats
 from chiron_engine.policy.iteration.kv_tiers import KvTiers, SwapCosts
 from chiron_engine.policy.iteration.limits import Limits, Shrink
-from chiron_engine.policy.iteration.plan import DecodeBatch, StepOutput, StepPlan, StepResult
-from chiron_engine.policy.iteration.request import Request, SloClass
+from chiron_engine.policy.iteration.local_autoscaler import LocalAutoscaler
+from chiron_engine.policy.iteration.plan import StepOutput, StepPlan, StepResult
+from chiron_engine.policy.iteration.request import Request, RequestState, SloClass
 from chiron_engine.policy.iteration.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -47,12 +49,16 @@ class InFlight:
     plan: StepPlan
     plan_s: float
     submit_s: float
+    handed_back: list[Request]
 
 
 class EngineCore:
     """Runs requests to their end. Not thread-safe: one thread calls everything.
 
     Online and offline engines and the simulator differ only in the executor and the clock.
+
+    local_autoscaler: sees every committed step, after the step hooks, and sets the limits, the
+    first ones included (`limits` is then not to be given). What it raises fails the step.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class EngineCore:
         swap_costs: SwapCosts | None = None,
         max_queued_requests: int = 1024,
         max_queued_tokens: int = 1 << 20,
+        local_autoscaler: LocalAutoscaler | None = None,
+        hand_back_evicted: bool = False,
     ) -> None:
         shape = executor.shape
         self.shape = shape
@@ -79,20 +87,45 @@ class EngineCore:
             swap_costs if swap_costs is not None else SwapCosts(),
             enable_prefix_caching,
         )
+        if local_autoscaler is not None:
+            if limits is not None:
+                raise ValueError("limits and a local autoscaler are both given; the autoscaler has its own")
+            limits = local_autoscaler.limits
         limits = limits if limits is not None else Limits(shape.max_slots, shape.max_step_tokens)
+        self._autoscaler = local_autoscaler
         self.scheduler = Scheduler(tiers, limits, shape.max_slots)
-        self.set_limits(limits.max_running, limits.token_budget, limits.shrink)
+        self.scheduler.hand_back_evicted = hand_back_evicted
+        self._set(limits)
         self._requests: dict[int, Request] = {}
         self._in_flight: deque[InFlight] = deque()
         self._aborted: list[Request] = []
         self._hooks: list[StepHook] = []
         self._last_commit = 0.0
-        self._class_counts: tuple[DecodeBatch, int] | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do or report anything."""
-        return bool(self._in_flight or self._aborted) or self.scheduler.has_work
+        scheduler = self.scheduler
+        return bool(self._in_flight or self._aborted or scheduler.handed_back) or scheduler.has_work
+
+    @property
+    def hand_back_evicted(self) -> bool:
+        """Whether batch requests that lose their place leave the engine (`StepOutput.handed_back`)
+        instead of waiting here for another. What was saved of them stays pinned on the host tier
+        until `add` resumes them or `forget` drops it."""
+        return self.scheduler.hand_back_evicted
+
+    @hand_back_evicted.setter
+    def hand_back_evicted(self, wanted: bool) -> None:
+        self.scheduler.hand_back_evicted = wanted
+
+    @property
+    def completes_at(self) -> float | None:
+        """When the oldest step under way will be complete, where the executor knows; None without one."""
+        if not self._in_flight:
+            return None
+        handle = self._in_flight[0].handle
+        return handle.ready_at if isinstance(handle, TimedStep) else None
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises QueueFull at the queue's bounds, InvalidRequest when it can never
@@ -113,6 +146,25 @@ class EngineCore:
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
         self._requests[request.request_id] = request
+        if (
+            self._autoscaler is not None
+            and request.slo.slo_class is SloClass.INTERACTIVE
+            and self.scheduler.num_requests[SloClass.INTERACTIVE] == 1
+        ):
+            self._set(self._autoscaler.on_interactive(self.clock.now()))
+
+    def forget(self, request: Request) -> None:
+        """Drop what is saved of a request that was handed back. Raises ValueError for any other."""
+        self.scheduler.forget(request)
+
+    def give_back_batch(self) -> list[Request]:
+        """Take every batch request out, the first to be served first, with nothing kept of it here;
+        to run one again, make a new request of its tokens. A token of a step under way is lost, and
+        those evicted by that step are handed back when it completes."""
+        leaving = self.scheduler.give_back(SloClass.BATCH)
+        for request in leaving:
+            del self._requests[request.request_id]
+        return leaving
 
     def abort(self, request_id: int) -> bool:
         """End a request now; the next step's output names it. False if it is not here."""
@@ -130,6 +182,10 @@ class EngineCore:
                 f"{self.shape.max_step_tokens} tokens"
             )
         self.scheduler.set_limits(Limits(max_running, token_budget, shrink))
+
+    def _set(self, limits: Limits | None) -> None:
+        if limits is not None:
+            self.set_limits(limits.max_running, limits.token_budget, limits.shrink)
 
     def add_step_hook(self, hook: StepHook) -> Callable[[], None]:
         """Call `hook` with the statistics of every committed step; limits it returns hold from the
@@ -155,13 +211,16 @@ class EngineCore:
             return False
         planned = self.clock.now()
         handle = self._executor.submit(plan)
-        self._in_flight.append(InFlight(handle, plan, planned - started, self.clock.now() - planned))
+        submit_s = self.clock.now() - planned
+        self._in_flight.append(InFlight(handle, plan, planned - started, submit_s, self._take_handed_back()))
         return True
 
     def complete(self) -> StepOutput:
         """Wait for the oldest step under way, commit it and run the hooks."""
         if not self._in_flight:
-            return StepOutput(self.scheduler.step, finished=self._take_aborted())
+            output = StepOutput(self.scheduler.step, finished=self._take_aborted())
+            output.handed_back = self._leave(self._take_handed_back())
+            return output
         flight = self._in_flight.popleft()
         began_waiting = self.clock.now()
         result = self._executor.collect(flight.handle)
@@ -169,15 +228,54 @@ class EngineCore:
         output = self.scheduler.commit(flight.plan, result, arrived)
         for request in output.finished:
             self._requests.pop(request.request_id, None)
+        if flight.handed_back:
+            output.handed_back = self._leave(flight.handed_back)
         committed = self.clock.now()
-        if self._hooks:
-            stats = self._stats(flight, result, output, arrived)
+        if self._hooks or self._autoscaler is not None:
+            stats = self._stats_of(flight, result, output, arrived)
             stats.wait_s = arrived - began_waiting
             stats.commit_s = committed - arrived
-            self._run_hooks(stats)
+            self._observe(stats)
         self._last_commit = arrived
-        output.finished += self._take_aborted()
+        if self._aborted:
+            output.finished += self._take_aborted()
         return output
+
+    def fast_forward(self, until: float) -> int:
+        """Run the steps that only decode, with nobody coming, leaving or ending in them, as far as
+        they are complete before `until`; returns how many. The next one is left to `submit`.
+
+        Everything is as if `submit` and `complete` had been called for each, but for their outputs,
+        which say nothing. Only with an executor that models time and yields no tokens; 0 with others,
+        and while a step is under way.
+        """
+        executor, scheduler = self._executor, self.scheduler
+        if not isinstance(executor, LatencyModelExecutor) or executor.scripted_tokens:
+            return 0
+        first = scheduler.step
+        while self._only_decodes(executor):
+            requests, kv_tokens = scheduler.decode_load
+            ready_at, seconds = executor.look_ahead(requests, kv_tokens)
+            if ready_at >= until or not scheduler.pass_quiet_step():
+                break
+            executor.pass_step(ready_at)
+            began = self.clock.now()
+            self.clock.sleep_until(ready_at)
+            if self._hooks or self._autoscaler is not None:
+                stats = self._stats(scheduler.step - 1, requests, kv_tokens, seconds, ready_at)
+                stats.itl_interactive = requests - scheduler.num_running_batch
+                stats.itl_batch = scheduler.num_running_batch
+                stats.wait_s = ready_at - began
+                self._observe(stats)
+            self._last_commit = ready_at
+        return scheduler.step - first
+
+    def _only_decodes(self, executor: LatencyModelExecutor) -> bool:
+        """Whether the next step does nothing but decode, and ends nothing."""
+        if self._in_flight or self._aborted or self.scheduler.num_quiet_steps() == 0:
+            return False
+        stop = executor.next_stop_step
+        return stop is None or stop > self.scheduler.step
 
     def load(self) -> EngineLoad:
         scheduler = self.scheduler
@@ -208,53 +306,76 @@ class EngineCore:
         if hook in self._hooks:
             self._hooks.remove(hook)
 
-    def _run_hooks(self, stats: StepStats) -> None:
+    def _take_handed_back(self) -> list[Request]:
+        handed_back, self.scheduler.handed_back = self.scheduler.handed_back, []
+        return handed_back
+
+    def _leave(self, handed_back: list[Request]) -> list[Request]:
+        """Those handed back for whom no token under way turned out to be the last."""
+        leaving = [request for request in handed_back if request.state is RequestState.EVICTED]
+        for request in leaving:
+            del self._requests[request.request_id]
+        return leaving
+
+    def _observe(self, stats: StepStats) -> None:
+        """Show a step to the hooks, then to the local autoscaler; both may change the limits."""
         for hook in tuple(self._hooks):
             try:
-                limits = hook(stats)
-                if limits is not None:
-                    self.set_limits(limits.max_running, limits.token_budget, limits.shrink)
+                self._set(hook(stats))
             except Exception:
                 log.exception("a step hook failed and is dropped; the limits stay as they are")
                 self._remove_hook(hook)
+        if self._autoscaler is not None:
+            self._set(self._autoscaler.on_step(stats, stats.time))
 
-    def _stats(self, flight: InFlight, result: StepResult, output: StepOutput, now: float) -> StepStats:
-        plan, scheduler = flight.plan, self.scheduler
-        itl_s, interactive, batch = self._itl(plan.decode, now)
+    def _stats_of(self, flight: InFlight, result: StepResult, output: StepOutput, now: float) -> StepStats:
+        plan, decode = flight.plan, flight.plan.decode
+        stats = self._stats(plan.step, len(decode.slots), plan.decode_context, result.device_s, now)
+        stats.prefill_tokens = plan.prefill_tokens
+        stats.prefill_context = plan.prefill_context
+        stats.swap_out_blocks = len(plan.copies_out)
+        stats.swap_in_blocks = len(plan.copies_in)
+        stats.plan_s = flight.plan_s
+        stats.submit_s = flight.submit_s
+        stats.graph = result.graph
+        stats.finished = len(output.finished)
+        stats.preempted = len(plan.preempted)
+        stats.itl_interactive = decode.num_interactive
+        stats.itl_batch = len(decode.slots) - decode.num_interactive
+        return stats
+
+    def _stats(self, step: int, requests: int, kv_tokens: int, device_s: float, now: float) -> StepStats:
+        """Of a step that only decoded. All of its requests had a token in the step before, so the time
+        since its commit is the gap they saw: they decoded in it, or their last chunk sampled in it."""
+        scheduler, limits = self.scheduler, self.scheduler.limits
+        interactive, batch = scheduler.num_requests
         return StepStats(
-            step=plan.step,
+            step=step,
             time=now,
-            prefill_tokens=plan.prefill_tokens,
-            prefill_context=plan.prefill_context,
-            decode_requests=len(plan.decode.slots),
-            kv_tokens=plan.decode_context,
-            swap_out_blocks=len(plan.copies_out),
-            swap_in_blocks=len(plan.copies_in),
-            plan_s=flight.plan_s,
-            submit_s=flight.submit_s,
+            prefill_tokens=0,
+            prefill_context=0,
+            decode_requests=requests,
+            kv_tokens=kv_tokens,
+            swap_out_blocks=0,
+            swap_in_blocks=0,
+            plan_s=0.0,
+            submit_s=0.0,
             wait_s=0.0,
-            device_s=result.device_s,
+            device_s=device_s,
             commit_s=0.0,
-            graph=result.graph,
+            graph=False,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             free_blocks=scheduler.tiers.device.num_free,
-            finished=len(output.finished),
-            preempted=len(plan.preempted),
-            max_running=scheduler.limits.max_running,
-            token_budget=scheduler.limits.token_budget,
-            itl_s=itl_s,
-            itl_interactive=interactive,
-            itl_batch=batch,
+            finished=0,
+            preempted=0,
+            max_running=limits.max_running,
+            token_budget=limits.token_budget,
+            itl_s=now - self._last_commit if requests else 0.0,
+            itl_interactive=0,
+            itl_batch=0,
+            queued_tokens=scheduler.queued_tokens,
+            first_token_due=scheduler.first_token_due(),
+            interactive_requests=interactive,
+            batch_requests=batch,
         )
-
-    def _itl(self, decode: DecodeBatch, now: float) -> tuple[float, int, int]:
-        """The gap every decoding request just saw, and how many of each class saw it. All of them
-        had a token in the step before: they decoded in it, or their last chunk sampled in it."""
-        if not decode.requests:
-            return 0.0, 0, 0
-        if self._class_counts is None or self._class_counts[0] is not decode:
-            interactive = sum(r.slo.slo_class is SloClass.INTERACTIVE for r in decode.requests)
-            self._class_counts = (decode, interactive)
-        interactive = self._class_counts[1]
-        return now - self._last_commit, interactive, len(decode.requests) - interactive

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from chiron_engine.core.latency_model import StepTimeModel
+from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.runtime.torch_executor import TorchExecutor
 from chiron_engine.runtime.trial_steps import TrialRequests
 
@@ -127,13 +127,13 @@ def _median_ms(seconds: list[float]) -> float:
 
 
 def features(point: GridPoint) -> list[float]:
-    """What StepTimeModel multiplies: 1, n, K, P and C, for the contexts a point's steps ran at."""
+    """What StepCosts multiplies: 1, n, K, P and C, for the contexts a point's steps ran at."""
     kv_tokens = point.decode_requests * point.context
     prompt_context = point.prompt_tokens * (point.context + point.prompt_tokens)
     return [1.0, point.decode_requests, kv_tokens, point.prompt_tokens, prompt_context]
 
 
-def fit_step_time(points: list[GridPoint]) -> tuple[StepTimeModel, float]:
+def fit_step_time(points: list[GridPoint]) -> tuple[StepCosts, float]:
     """Coefficients, none negative, that minimise the squared relative error, and the mean absolute
     relative error they leave. Coefficients that would be negative are fixed at 0, one at a time."""
     seconds = np.array([p.ms for p in points]) / 1e3
@@ -149,4 +149,4 @@ def fit_step_time(points: list[GridPoint]) -> tuple[StepTimeModel, float]:
             break
         del free[int(solved.argmin())]
     error = float(np.abs(rows @ values - 1.0).mean())
-    return StepTimeModel(*(float(v) for v in values)), error
+    return StepCosts(*(float(v) for v in values)), error

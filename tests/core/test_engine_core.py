@@ -8,15 +8,16 @@ import pytest
 from chiron_engine.core.clocks import VirtualClock
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import ExecutorShape
-from chiron_engine.core.latency_model import LatencyModelExecutor, StepTimeModel
+from chiron_engine.core.latency_model import LatencyModelExecutor
 from chiron_engine.core.requests import InvalidRequest, QueueFull
 from chiron_engine.core.step_stats import StepLog, StepRing, StepStats, percentile
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.request import FinishReason
+from chiron_engine.policy.iteration.step_costs import StepCosts
 from tests.core.engines import make_request, null_core
 
 SHAPE = ExecutorShape(16, 100, 0, 8, 64, 1600, 1000)
-MODEL = StepTimeModel(base_s=0.010, per_request_s=0.001, per_kv_token_s=1e-6, per_prompt_token_s=1e-4)
+MODEL = StepCosts(base_s=0.010, per_request_s=0.001, per_kv_token_s=1e-6, per_prompt_token_s=1e-4)
 
 
 def timed_core(depth: int = 1) -> EngineCore:
@@ -149,9 +150,9 @@ def test_an_idle_step_reports_nothing() -> None:
 
 def test_models_refuse_negative_and_infinite_times() -> None:
     with pytest.raises(ValueError, match="per_kv_token_s is -1"):
-        StepTimeModel(0.01, per_kv_token_s=-1.0)
+        StepCosts(0.01, per_kv_token_s=-1.0)
     with pytest.raises(ValueError, match="base_s is inf"):
-        StepTimeModel(float("inf"))
+        StepCosts(float("inf"))
 
 
 def test_percentiles_are_nearest_rank() -> None:

@@ -18,10 +18,11 @@ from chiron_engine.config import GatewayConfig
 from chiron_engine.core.clocks import MonotonicClock
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import Executor, ExecutorShape
-from chiron_engine.core.latency_model import LatencyModelExecutor, StepTimeModel
+from chiron_engine.core.latency_model import LatencyModelExecutor
 from chiron_engine.core.null_executor import NullExecutor
 from chiron_engine.gateway.server import serve_gateway
 from chiron_engine.gateway.text import ModelText
+from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.rpc.client import EngineClient, InferenceClient
 from chiron_engine.rpc.shutdown import Shutdown
 from chiron_engine.rpc.v1 import engine_pb2
@@ -51,7 +52,7 @@ def null_executor(shape: ExecutorShape = SHAPE) -> Executor:
 
 def slow_executor(step_s: float = 0.01, shape: ExecutorShape = SHAPE) -> Executor:
     """Steps take real time, as on a device."""
-    return LatencyModelExecutor(shape, StepTimeModel(step_s), MonotonicClock(), scripted_tokens=True)
+    return LatencyModelExecutor(shape, StepCosts(step_s), MonotonicClock(), scripted_tokens=True)
 
 
 @dataclass(slots=True)

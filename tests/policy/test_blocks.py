@@ -78,7 +78,7 @@ def test_keys_name_tokens_and_all_that_came_before() -> None:
         chain_key(root, [2, 1]),
         chain_key(chain_key(root, [1, 2]), [1, 2]),
         chain_key(root_key(b"tenant"), [1, 2]),
-        private_key(root, 1, 2),
-        private_key(root, 12, 0),
+        private_key(1, 2),
+        private_key(12, 0),
     }
     assert len(different) == 6

@@ -36,9 +36,14 @@ class KvTiers:
     A request that runs holds `request.blocks` on the device. A request that was preempted holds
     `request.host_blocks`, its saved prefix, until it runs again. A lost host block costs time,
     never correctness: what is found nowhere is recomputed.
+
+    Blocks that no other request could find, because prefixes are not shared or because nobody knows
+    the values of their tokens, are not sealed while their request runs: that is all in vain unless
+    it is evicted. Token values are unknown where the executor models none, and where the prompt is a
+    `range`, which stands for any tokens; keys put into `block_keys` beforehand make those shareable.
     """
 
-    __slots__ = ("_arriving", "_prefix_caching", "block_size", "costs", "device", "host")
+    __slots__ = ("_arriving", "_num_owners", "_prefix_caching", "block_size", "costs", "device", "host")
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class KvTiers:
         self.costs = costs
         self._prefix_caching = prefix_caching
         self._arriving: list[int] = []
+        self._num_owners = 0
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -61,11 +67,15 @@ class KvTiers:
     def place(self, request: Request, known: int) -> Placement:
         """Look up a request with `known` tokens; at least one is left to compute, for its logits."""
         usable = (known - 1) // self.block_size
-        if len(request.block_keys) < usable:
+        keys = request.block_keys
+        if len(keys) < usable:
             self.extend_keys(request, usable * self.block_size)
-        device = self.device.find(request.block_keys, 0, usable)
-        host = self.host.find(request.block_keys, len(device), usable)
-        missing = self.blocks_for(known) - len(device)
+        needed = -(-known // self.block_size)
+        if not keys:
+            return Placement([], [], needed, needed)
+        device = self.device.find(keys, 0, min(usable, len(keys)))
+        host = self.host.find(keys, len(device), min(usable, len(keys)))
+        missing = needed - len(device)
         revived = self.device.count_cached(device) if device else 0
         return Placement(device, host, missing - len(host), missing + revived)
 
@@ -102,26 +112,29 @@ class KvTiers:
         before it. Raises OutOfBlocks."""
         (block,) = self.device.allocate(1)
         request.blocks.append(block)
-        self.extend_keys(request, position)
-        index = position // self.block_size
-        self.device.seal(request.blocks, request.block_keys, index - 1, index)
+        self.seal(request, position - 1, position)
         return block
 
     def seal(self, request: Request, start: int, end: int) -> None:
-        """Tokens [start, end) are computed as of this step: make the blocks they fill findable."""
+        """Tokens [start, end) are computed as of this step: make the blocks they fill findable, where
+        another request could find them."""
         first, last = start // self.block_size, end // self.block_size
         if first == last:
             return
-        if len(request.block_keys) < last:
+        keys = request.block_keys
+        if len(keys) < last:
             self.extend_keys(request, end)
-        self.device.seal(request.blocks, request.block_keys, first, last)
+            last = min(last, len(keys))
+        if first < last:
+            self.device.seal(request.blocks, keys, first, last)
 
     def evict(self, request: Request, computed: int) -> list[BlockCopy]:
         """Give up the device blocks of a request with `computed` tokens of KV, having saved the full
         ones on the host where that is cheaper than recomputing; returns the copies out."""
         full = computed // self.block_size
-        self.extend_keys(request, full * self.block_size)
-        self.seal(request, 0, full * self.block_size)
+        self._own_keys(request, full)
+        if full:
+            self.device.seal(request.blocks, request.block_keys, 0, full)
         copies = self._save(request, full)
         self.device.release(request.blocks)
         request.blocks = []
@@ -151,25 +164,45 @@ class KvTiers:
         return out * costs.copy_out_s + back * costs.copy_in_s < back * self.block_size * costs.recompute_s
 
     def extend_keys(self, request: Request, tokens: int) -> None:
-        """Extend the hash chain over the full blocks of the first `tokens` tokens."""
-        keys = request.block_keys
-        for index in range(len(keys), tokens // self.block_size):
-            parent = keys[-1] if keys else root_key(request.cache_salt)
-            values = self._values(request, index) if self._prefix_caching else None
+        """Extend the hash chain over the full blocks of the first `tokens` tokens, as far as their
+        values may be shared and are known."""
+        if not self._prefix_caching or type(request.prompt_ids) is range or request.key_owner >= 0:
+            return
+        keys, size = request.block_keys, self.block_size
+        stop = tokens // size
+        if len(keys) >= stop:
+            return
+        parent = keys[-1] if keys else root_key(request.cache_salt)
+        for index in range(len(keys), stop):
+            values = _values(request, index * size, index * size + size)
             if values is None:
-                keys.append(private_key(parent, request.request_id, index))
-            else:
-                keys.append(chain_key(parent, values))
+                return
+            parent = chain_key(parent, values)  # type: ignore[arg-type]  # a chain of hashes so far
+            keys.append(parent)
 
-    def _values(self, request: Request, index: int) -> Sequence[int] | None:
-        """Token values of block `index`, or None where the executor models no values."""
-        start, end = index * self.block_size, (index + 1) * self.block_size
-        prompt, output = request.prompt_ids, request.output_ids
-        length = len(prompt)
-        if end <= length:
-            return prompt[start:end]
-        if end - length > len(output):
-            return None
-        if start >= length:
-            return output[start - length : end - length]
-        return [*prompt[start:], *output[: end - length]]
+    def _own_keys(self, request: Request, full: int) -> None:
+        """Keys for all of the first `full` blocks: where none can be shared, keys of its own. Blocks
+        behind one of those are its own as well."""
+        keys = request.block_keys
+        if len(keys) < full:
+            self.extend_keys(request, full * self.block_size)
+        if len(keys) >= full:
+            return
+        if request.key_owner < 0:
+            request.key_owner = self._num_owners
+            self._num_owners += 1
+        owner = request.key_owner
+        keys += [private_key(owner, index) for index in range(len(keys), full)]
+
+
+def _values(request: Request, start: int, end: int) -> Sequence[int] | None:
+    """Token values [start, end), or None where the executor models no values."""
+    prompt, output = request.prompt_ids, request.output_ids
+    length = len(prompt)
+    if end <= length:
+        return prompt[start:end]
+    if end - length > len(output):
+        return None
+    if start >= length:
+        return output[start - length : end - length]
+    return [*prompt[start:], *output[: end - length]]

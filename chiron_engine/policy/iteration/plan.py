@@ -63,10 +63,11 @@ class BlockCopy:
 @dataclass(slots=True, eq=False)
 class DecodeBatch:
     """The requests that decode one token each. The same object for as long as nothing changes,
-    so an executor may keep what it derived from it."""
+    so an executor may keep what it derived from it. num_interactive: how many of them are."""
 
     requests: tuple[Request, ...] = ()
     slots: tuple[int, ...] = ()
+    num_interactive: int = 0
 
 
 NO_DECODES = DecodeBatch()
@@ -108,12 +109,14 @@ class StepPlan:
 @dataclass(slots=True, eq=False)
 class StepOutput:
     """What a committed step brought: tokens[i] is the new token of requests[i] (None where the
-    executor models no values); the requests that finished carry their `finish_reason`."""
+    executor models no values); the requests that finished carry their `finish_reason`. handed_back:
+    evicted requests that have left the engine, what was saved of them still on its host tier."""
 
     step: int
     requests: Sequence[Request] = ()
     tokens: list[int] | None = None
     finished: list[Request] = field(default_factory=list)
+    handed_back: list[Request] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -121,9 +124,11 @@ class StepResult:
     """What an executor returns for one plan.
 
     tokens: one id per sampled row in the plan's order, or None from an executor that models only
-    time. device_s: seconds the step took on the device.
+    time; that one says in `stopped` which requests ended with this step's token. device_s: seconds
+    the step took on the device.
     """
 
     tokens: list[int] | None
     device_s: float = 0.0
     graph: bool = False
+    stopped: Sequence[Request] = ()

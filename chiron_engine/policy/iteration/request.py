@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from numbers import Integral, Real
@@ -18,8 +18,13 @@ class SloClass(IntEnum):
 
 
 class RequestState(Enum):
+    """EVICTED: handed back by an engine that keeps what it saved of it, until it is added again or
+    forgotten. LEFT: taken out of its engine for good, without an end."""
+
     WAITING = "waiting"
     RUNNING = "running"
+    EVICTED = "evicted"
+    LEFT = "left"
     FINISHED = "finished"
 
 
@@ -126,7 +131,11 @@ class Request:
 
     blocks: list[int] = field(default_factory=list)
     host_blocks: list[int] = field(default_factory=list)
-    block_keys: list[bytes] = field(default_factory=list)
+    block_keys: list[Hashable] = field(default_factory=list)
+    """Of its full blocks, as far as they can be found. A caller may put keys of the prompt's first
+    blocks here beforehand, equal for equal content and prefix."""
+    key_owner: int = -1
+    """Names its private block keys; -1 while it has none."""
     num_computed: int = 0
     """While its prompt is computed in chunks: tokens whose KV is planned."""
     num_planned_outputs: int = 0

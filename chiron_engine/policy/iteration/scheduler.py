@@ -3,24 +3,30 @@
 There are no prefill or decode phases: a running request either computes its next chunk of known
 tokens or decodes one token. A step costs O(changes): decoding requests that stay are not touched.
 Their position follows from the step number, the block each will need falls into one of
-`block_size` buckets, and the step that yields its last token stands in a heap.
+`block_size` buckets, and the step that yields its last token stands in a heap (`decodes`).
+
+Interactive requests come before batch ones: in the queue, in the prompt budget of a step, and for
+blocks and places, which batch requests give up to them.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 from .blocks import OutOfBlocks
+from .decodes import Decodes
 from .kv_tiers import KvTiers, Placement
 from .limits import Limits
 from .output_lengths import OutputLengths, peak_tokens
-from .plan import NO_DECODES, Chunk, DecodeBatch, Grown, Joined, StepOutput, StepPlan, StepResult
+from .plan import Chunk, Grown, Joined, StepOutput, StepPlan, StepResult
 from .request import FinishReason, Request, RequestState, SloClass
 from .waiting_queue import WaitingQueue, priority
 
 WATERMARK = 0.01
 MAX_EVICTIONS = 3
+ENDED = (RequestState.FINISHED, RequestState.LEFT)
 
 
 class Scheduler:
@@ -28,6 +34,10 @@ class Scheduler:
 
     `plan` may run ahead of `commit` by the executor's pipeline depth (at most two steps under
     way): counters advance when a step is planned, token values arrive when it is committed.
+
+    hand_back_evicted: batch requests that lose their place leave the engine, listed in
+    `handed_back` until somebody takes them from there, instead of waiting here for another.
+    num_requests: of each class, waiting or running. num_running_batch: of the batch class, running.
     """
 
     def __init__(self, tiers: KvTiers, limits: Limits, max_slots: int) -> None:
@@ -38,28 +48,52 @@ class Scheduler:
         self.running: dict[Request, None] = {}
         self.output_lengths = OutputLengths()
         self.step = 0
+        self.hand_back_evicted = False
+        self.handed_back: list[Request] = []
+        self.num_requests = [0] * len(SloClass)
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
         self._watermark = int(tiers.device.num_blocks * WATERMARK)
-        self._decoding: dict[Request, None] = {}
-        self._prefilling: dict[Request, None] = {}
-        self._decode_batch: DecodeBatch | None = NO_DECODES
-        self._decode_context = 0
-        self._growing: list[dict[Request, None]] = [{} for _ in range(tiers.block_size)]
-        self._last_steps: list[tuple[int, int, Request]] = []
+        self._decodes = Decodes(tiers.block_size)
+        # By class: requests whose known tokens are not all computed, in order of joining, and how
+        # many tokens those are in all.
+        self._prefilling: list[dict[Request, None]] = [{} for _ in SloClass]
+        self._prefill_left = [0] * len(SloClass)
+        self._first_tokens: list[tuple[float, int, Request]] = []
+        self._num_added = 0
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._left: list[int] = []
         self._promised_blocks = 0
-        self._num_running_batch = 0
+        self.num_running_batch = 0
         self._head_is_blocked = False
 
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    @property
+    def queued_tokens(self) -> int:
+        """Known tokens that waiting and running requests have yet to compute, found blocks not
+        taken off for those that wait."""
+        return self.waiting.num_tokens + sum(self._prefill_left)
+
+    def first_token_due(self) -> float:
+        """When the most urgent interactive request without a first token is to have one; infinite
+        without such a request."""
+        heap = self._first_tokens
+        while heap:
+            due, _, request = heap[0]
+            if request.first_token is None and request.state in (RequestState.WAITING, RequestState.RUNNING):
+                return due
+            heapq.heappop(heap)
+        return math.inf
+
     def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError when even an empty pool could not hold it."""
+        """Queue a request, a new one or one that was handed back. Raises ValueError when even an
+        empty pool could not hold it, or when it has left its engine or ended."""
+        if request.state not in (RequestState.WAITING, RequestState.EVICTED):
+            raise ValueError(f"request {request.request_id} is {request.state.value}; it cannot be added")
         most = self.tiers.blocks_for(len(request.prompt_ids) + request.max_tokens)
         if most > self.tiers.device.num_blocks:
             raise ValueError(
@@ -68,15 +102,36 @@ class Scheduler:
             )
         # Hashed here, once, so that no step pays for it.
         self.tiers.extend_keys(request, len(request.prompt_ids))
+        request.state = RequestState.WAITING
         self.waiting.push(request)
+        slo = request.slo
+        self.num_requests[slo.slo_class] += 1
+        if slo.slo_class is SloClass.INTERACTIVE:
+            self._num_added += 1
+            heapq.heappush(self._first_tokens, (request.arrival + slo.ttft_s, self._num_added, request))
         self._head_is_blocked = False
 
     def abort(self, request: Request) -> bool:
-        """Drop a request wherever it stands; False if it had finished."""
-        if request.state is RequestState.FINISHED:
+        """Drop a request wherever it stands; False if it had ended or left."""
+        if request.state in ENDED:
             return False
         self._finish(request, FinishReason.ABORT)
         return True
+
+    def forget(self, request: Request) -> None:
+        """Drop what was saved of a request that was handed back. Raises ValueError for any other."""
+        if request.state is not RequestState.EVICTED:
+            raise ValueError(f"request {request.request_id} is {request.state.value}, not handed back")
+        request.state = RequestState.LEFT
+        self.tiers.leave(request)
+
+    def give_back(self, slo_class: SloClass) -> list[Request]:
+        """Take every request of a class out, in order of service, and keep nothing of theirs. Tokens
+        of steps under way are lost to them."""
+        leaving = [r for r in (*self.running, *self.waiting) if r.slo.slo_class is slo_class]
+        for request in leaving:
+            self._take_out(request, RequestState.LEFT)
+        return sorted(leaving, key=priority)
 
     def set_limits(self, limits: Limits) -> None:
         """Limits for the next plan. Raises ValueError above the fixed capacity."""
@@ -90,26 +145,28 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when there is nothing to do."""
         plan = StepPlan(self.step, left=self._left)
-        self._shrink(plan)
+        decodes = self._decodes
+        if self.limits.shrink == "preempt":
+            self._shrink(plan)
         self._grow(plan)
-        self._admit(plan, now)
+        if self.waiting and not self._head_is_blocked:
+            self._admit(plan, now)
         self._advance_prompts(plan)
-        if self._decoding:
-            plan.decode = self._current_batch()
-            plan.decode_context = self._decode_context
-            self._decode_context += len(self._decoding)
+        if decodes.requests:
+            plan.decode = decodes.batch()
+            plan.decode_context = decodes.context
+            decodes.context += len(decodes.requests)
         if plan.is_empty:
             return None
         self.tiers.settle()
         self._left = []
         self.step += 1
-        self._retire_last_steps(plan)
-        self._start_decoding(plan)
+        plan.final = decodes.stop_at_length(plan.step)
+        if plan.chunks:
+            self._start_decoding(plan)
         return plan
 
     def _shrink(self, plan: StepPlan) -> None:
-        if self.limits.shrink != "preempt":
-            return
         while len(self.running) > self.limits.max_running:
             victim = self._victim(lambda r: r.slo.slo_class is SloClass.BATCH)
             if victim is None:
@@ -119,12 +176,12 @@ class Scheduler:
     def _grow(self, plan: StepPlan) -> None:
         """Give a block to each decoding request whose last one is full, oldest first, evicting the
         request served last (perhaps the one that asks) where none is free."""
-        due = self._growing[self.step % self.tiers.block_size]
+        due = self._decodes.growing(self.step)
         if not due:
             return
         ordered = sorted(due, key=priority) if self.tiers.device.num_free < len(due) else list(due)
         for request in ordered:
-            if request in self._decoding:
+            if request in self._decodes:
                 self._grow_one(request, plan)
 
     def _grow_one(self, request: Request, plan: StepPlan) -> None:
@@ -146,11 +203,7 @@ class Scheduler:
     def _admit(self, plan: StepPlan, now: float) -> None:
         """Move waiting requests to slots, in order, while prompt budget is left for them. A head
         that does not fit blocks those behind it until something changes, so nothing starves."""
-        if self._head_is_blocked or not self.waiting:
-            return
-        budget = self.limits.token_budget - len(self._decoding)
-        budget -= sum(r.tokens_at(self.step) - r.num_computed for r in self._prefilling)
-        while budget > 0 and (head := self.waiting.head) is not None:
+        while (head := self.waiting.head) is not None and self._prompt_budget(head.slo.slo_class) > 0:
             # A request evicted by this plan may have a token under way: it returns in a later one.
             if head in plan.preempted:
                 return
@@ -164,7 +217,13 @@ class Scheduler:
                 self._preempt(victim, plan)
                 placement = self.tiers.place(head, known)
             self._join(self.waiting.pop(), placement, known, plan, now)
-            budget -= known - head.num_computed
+
+    def _prompt_budget(self, slo_class: SloClass) -> int:
+        """Tokens of this step that the prompts under way leave to a newcomer of this class."""
+        ahead = self._prefill_left[SloClass.INTERACTIVE]
+        if slo_class is SloClass.BATCH:
+            ahead += self._prefill_left[SloClass.BATCH]
+        return self.limits.token_budget - len(self._decodes.requests) - ahead
 
     def _fits(self, request: Request, known: int, placement: Placement) -> bool:
         """A slot is free, the blocks are there with some to spare, and so is the predicted peak."""
@@ -192,8 +251,9 @@ class Scheduler:
         )
 
     def _join(self, request: Request, placement: Placement, known: int, plan: StepPlan, now: float) -> None:
+        slo_class = request.slo.slo_class
         self._promised_blocks += request.promised_blocks
-        self._num_running_batch += request.slo.slo_class is SloClass.BATCH
+        self.num_running_batch += slo_class is SloClass.BATCH
         plan.copies_in += self.tiers.enter(request, placement)
         computed = (len(placement.device) + len(placement.host)) * self.tiers.block_size
         if request.first_scheduled is None:
@@ -205,104 +265,140 @@ class Scheduler:
         request.slot = self._free_slots.pop()
         request.state = RequestState.RUNNING
         self.running[request] = None
-        self._prefilling[request] = None
+        self._prefilling[slo_class][request] = None
+        self._prefill_left[slo_class] += known - computed
         tokens = [*request.prompt_ids, *request.output_ids] if request.output_ids else request.prompt_ids
         plan.joined.append(Joined(request.slot, request, tokens, computed, list(request.blocks)))
 
     def _advance_prompts(self, plan: StepPlan) -> None:
-        """Spend what the decodes leave of the budget on known tokens, in order of joining."""
-        budget = self.limits.token_budget - len(self._decoding)
-        for request in self._prefilling:
-            if budget <= 0:
-                return
-            known = request.tokens_at(self.step)
-            start = request.num_computed
-            count = min(known - start, budget)
-            end = start + count
-            budget -= count
-            request.num_computed = end
-            self.tiers.seal(request, start, end)
-            plan.chunks.append(Chunk(request.slot, start, count, samples=end == known))
-            plan.chunk_requests.append(request)
-            plan.prefill_tokens += count
-            plan.prefill_context += count * end
+        """Spend what the decodes leave of the budget on known tokens: interactive requests first,
+        within a class in order of joining."""
+        budget = self.limits.token_budget - len(self._decodes.requests)
+        for slo_class, prefilling in enumerate(self._prefilling):
+            if not prefilling or budget <= 0:
+                continue
+            before = budget
+            for request in prefilling:
+                if budget <= 0:
+                    break
+                budget -= self._advance(request, budget, plan)
+            self._prefill_left[slo_class] -= before - budget
+
+    def _advance(self, request: Request, budget: int, plan: StepPlan) -> int:
+        """Plan the next chunk, of at most `budget` tokens; returns how many."""
+        known = request.tokens_at(self.step)
+        start = request.num_computed
+        count = min(known - start, budget)
+        end = start + count
+        request.num_computed = end
+        self.tiers.seal(request, start, end)
+        plan.chunks.append(Chunk(request.slot, start, count, samples=end == known))
+        plan.chunk_requests.append(request)
+        plan.prefill_tokens += count
+        plan.prefill_context += count * end
+        return count
 
     def _start_decoding(self, plan: StepPlan) -> None:
         """Requests whose chunk samples in this plan decode from the next step on."""
         for chunk, request in zip(plan.chunks, plan.chunk_requests, strict=True):
             if not chunk.samples:
                 continue
-            del self._prefilling[request]
+            del self._prefilling[request.slo.slo_class][request]
             request.num_planned_outputs += 1
             if request.num_planned_outputs == request.max_tokens:
                 plan.final.append(request)
-                continue
-            request.decode_since = self.step
-            tokens = request.tokens_at(self.step)
-            self._decoding[request] = None
-            self._decode_batch = None
-            self._decode_context += tokens
-            self._growing[self._growth_bucket(request)][request] = None
-            last = self.step + request.max_tokens - request.num_planned_outputs - 1
-            heapq.heappush(self._last_steps, (last, request.request_id, request))
+            else:
+                self._decodes.start(request, self.step)
 
-    def _retire_last_steps(self, plan: StepPlan) -> None:
-        """Requests that reach max_tokens in this plan decode no more; commit ends them."""
-        while self._last_steps and self._last_steps[0][0] <= plan.step:
-            _, _, request = heapq.heappop(self._last_steps)
-            if request in self._decoding and request.outputs_at(self.step) == request.max_tokens:
-                self._stop_decoding(request)
-                plan.final.append(request)
+    # Steps in which nobody comes or goes, without plans.
 
-    def _current_batch(self) -> DecodeBatch:
-        if self._decode_batch is None:
-            requests = tuple(self._decoding)
-            self._decode_batch = DecodeBatch(requests, tuple([r.slot for r in requests]))
-        return self._decode_batch
+    def num_quiet_steps(self) -> int:
+        """How many of the coming steps would only decode: nothing to admit, shrink or compute of a
+        prompt, and nobody at max_tokens. Blocks may run short all the same."""
+        running = len(self.running)
+        if not running or running != len(self._decodes.requests):
+            return 0
+        if self.waiting and not self._head_is_blocked:
+            return 0
+        if self.limits.shrink == "preempt" and running > self.limits.max_running:
+            return 0
+        last = self._decodes.next_last_step
+        assert last is not None  # every one that decodes has one
+        return max(0, last - self.step)
 
-    def _growth_bucket(self, request: Request) -> int:
-        """Steps congruent to this need a block: there the position to compute opens a new one."""
-        return (request.decode_since - request.tokens_at(request.decode_since) + 1) % self.tiers.block_size
+    @property
+    def decode_load(self) -> tuple[int, int]:
+        """(requests, KV tokens) that the next step decodes."""
+        return len(self._decodes.requests), self._decodes.context
 
-    # Leaving a slot: preempted, finished or aborted.
+    def pass_quiet_step(self) -> bool:
+        """What `plan` and `commit` of a step that only decodes would do. False, and nothing done,
+        where there are not blocks enough."""
+        due = self._decodes.growing(self.step)
+        if due:
+            if self.tiers.device.num_free < len(due):
+                return False
+            for request in due:
+                self.tiers.grow(request, request.tokens_at(self.step) - 1)
+        self._decodes.context += len(self._decodes.requests)
+        self.step += 1
+        return True
+
+    # Leaving a slot: preempted, finished, aborted or taken out.
 
     def _victim(self, allowed: Callable[[Request], bool]) -> Request | None:
         """The running request served last among those allowed. One whose last token is under way
         is about to leave anyway."""
-        candidates = [r for r in (*self._decoding, *self._prefilling) if allowed(r)]
-        return max(candidates, key=priority, default=None)
+        return max(filter(allowed, self._active()), key=priority, default=None)
+
+    def _active(self) -> Iterator[Request]:
+        yield from self._decodes.requests
+        for prefilling in self._prefilling:
+            yield from prefilling
 
     def _victim_for(self, head: Request) -> Request | None:
         """A batch request to evict for an interactive one; the same one only so many times."""
-        if head.slo.slo_class is not SloClass.INTERACTIVE or not self._num_running_batch:
+        if head.slo.slo_class is not SloClass.INTERACTIVE or not self.num_running_batch:
             return None
         return self._victim(lambda r: r.slo.slo_class is SloClass.BATCH and r.num_preempted < MAX_EVICTIONS)
 
     def _preempt(self, request: Request, plan: StepPlan) -> None:
-        """Take a request off the device, its KV saved or left to recompute, and queue it again."""
-        is_decoding = request in self._decoding
+        """Take a request off the device, its KV saved or left to recompute, and queue it again or
+        hand it back."""
+        is_decoding = request in self._decodes
         computed = request.tokens_at(self.step) - 1 if is_decoding else request.num_computed
         plan.grown = [grown for grown in plan.grown if grown.slot != request.slot]
         self._give_back_slot(request)
         plan.copies_out += self.tiers.evict(request, computed)
         plan.preempted.append(request)
-        request.state = RequestState.WAITING
         request.num_preempted += 1
         self.num_preemptions += 1
+        if self.hand_back_evicted and request.slo.slo_class is SloClass.BATCH:
+            request.state = RequestState.EVICTED
+            self.num_requests[SloClass.BATCH] -= 1
+            self.handed_back.append(request)
+            return
+        request.state = RequestState.WAITING
         self.waiting.push(request)
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        if request.state is RequestState.WAITING:
-            self.waiting.remove(request)
-        else:
-            self._give_back_slot(request)
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
-            produced = len(request.output_ids) or request.num_planned_outputs
+    def _finish(self, request: Request, reason: FinishReason, produced: int = 0) -> None:
+        """`produced`: its output tokens, where it came to its end by itself."""
+        if produced:
             self.output_lengths.observe(produced)
             self._keep_tail(request, produced)
-        self.tiers.leave(request)
-        request.state = RequestState.FINISHED
+        self._take_out(request, RequestState.FINISHED)
         request.finish_reason = reason
+
+    def _take_out(self, request: Request, state: RequestState) -> None:
+        """The request leaves for good, wherever it stands."""
+        if request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+        elif request.state is RequestState.RUNNING:
+            self._give_back_slot(request)
+        if request.state is not RequestState.EVICTED:
+            self.num_requests[request.slo.slo_class] -= 1
+        self.tiers.leave(request)
+        request.state = state
         self._head_is_blocked = False
 
     def _keep_tail(self, request: Request, produced: int) -> None:
@@ -312,51 +408,48 @@ class Scheduler:
             self.tiers.seal(request, max(0, computed - self.tiers.block_size), computed)
 
     def _give_back_slot(self, request: Request) -> None:
-        if request in self._decoding:
-            self._stop_decoding(request)
-        self._prefilling.pop(request, None)
+        slo_class = request.slo.slo_class
+        if request in self._decodes:
+            self._decodes.stop(request, self.step)
+        elif request in self._prefilling[slo_class]:
+            del self._prefilling[slo_class][request]
+            self._prefill_left[slo_class] -= request.tokens_at(self.step) - request.num_computed
         del self.running[request]
         self._promised_blocks -= request.promised_blocks
-        self._num_running_batch -= request.slo.slo_class is SloClass.BATCH
+        self.num_running_batch -= slo_class is SloClass.BATCH
         self._left.append(request.slot)
         self._free_slots.append(request.slot)
         request.slot = -1
         self._head_is_blocked = False
 
-    def _stop_decoding(self, request: Request) -> None:
-        self._decode_context -= request.tokens_at(self.step)
-        del self._decoding[request]
-        del self._growing[self._growth_bucket(request)][request]
-        self._decode_batch = None
-        request.num_planned_outputs = request.outputs_at(self.step)
-        request.decode_since = -1
-
     # Committing.
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepOutput:
         """Take in the tokens of the oldest step under way, and end the requests they complete."""
-        sampled = [r for c, r in zip(plan.chunks, plan.chunk_requests, strict=True) if c.samples]
-        for request in sampled:
-            if request.first_token is None:
-                request.first_token = now
-        output = StepOutput(plan.step, (*plan.decode.requests, *sampled), result.tokens)
-        stopped = self._append(output) if result.tokens is not None else []
-        for request in stopped:
-            self._finish(request, FinishReason.STOP)
-        ended = [r for r in plan.final if r.finish_reason is None]
-        for request in ended:
-            self._finish(request, FinishReason.LENGTH)
-        output.finished = stopped + ended
+        requests = plan.decode.requests
+        if plan.chunks:
+            sampled = [r for c, r in zip(plan.chunks, plan.chunk_requests, strict=True) if c.samples]
+            requests = (*requests, *sampled)
+            for request in sampled:
+                if request.first_token is None and request.state is not RequestState.LEFT:
+                    request.first_token = now
+        output = StepOutput(plan.step, requests, result.tokens)
+        if result.tokens is not None:
+            output.finished = self._append(output)
+        elif result.stopped:
+            output.finished = self._stop(result.stopped, plan.step)
+        if plan.final:
+            output.finished += self._end_by_length(plan.final)
         return output
 
     def _append(self, output: StepOutput) -> list[Request]:
-        """Append each request's token; returns those that it stops. A request that ended after
-        this step was planned takes no more tokens."""
+        """Append each request's token and end those that it stops. A request that ended or left
+        after this step was planned takes no more tokens."""
         stopped = []
         stale = False
         assert output.tokens is not None
         for request, token in zip(output.requests, output.tokens, strict=True):
-            if request.finish_reason is not None:
+            if request.state in ENDED:
                 stale = True
                 continue
             request.output_ids.append(token)
@@ -364,13 +457,28 @@ class Scheduler:
                 stopped.append(request)
         if stale:
             self._drop_stale(output)
+        for request in stopped:
+            self._finish(request, FinishReason.STOP, len(request.output_ids))
         return stopped
+
+    def _stop(self, named: Sequence[Request], step: int) -> list[Request]:
+        """End the requests that an executor without token values says `step` stopped."""
+        stopped = [request for request in named if request.state not in ENDED]
+        for request in stopped:
+            produced = request.outputs_at(step + 1)
+            self._finish(request, FinishReason.STOP, produced)
+            request.num_planned_outputs = produced
+        return stopped
+
+    def _end_by_length(self, final: list[Request]) -> list[Request]:
+        ended = [request for request in final if request.state not in ENDED]
+        for request in ended:
+            self._finish(request, FinishReason.LENGTH, request.max_tokens)
+        return ended
 
     @staticmethod
     def _drop_stale(output: StepOutput) -> None:
         assert output.tokens is not None
-        live = [
-            (r, t) for r, t in zip(output.requests, output.tokens, strict=True) if r.finish_reason is None
-        ]
+        live = [(r, t) for r, t in zip(output.requests, output.tokens, strict=True) if r.state not in ENDED]
         output.requests = tuple(r for r, _ in live)
         output.tokens = [t for _, t in live]

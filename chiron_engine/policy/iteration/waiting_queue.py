@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from .request import Request
 
 Priority = tuple[int, float, int]
+Entry = tuple[int, float, int, Request]
 
 
 def priority(request: Request) -> Priority:
@@ -17,44 +18,49 @@ def priority(request: Request) -> Priority:
 
 class WaitingQueue:
     """Sorted by priority. The head is at the end of the list, so taking it costs O(1); a request
-    that comes back after a preemption keeps the place its arrival gives it."""
+    that comes back after a preemption keeps the place its arrival gives it.
+
+    num_tokens: known tokens of all of them, prompts and what they had produced.
+    """
 
     __slots__ = ("_entries", "num_tokens")
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Priority, Request]] = []
+        self._entries: list[Entry] = []
         self.num_tokens = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Request]:
-        return (request for _, request in reversed(self._entries))
+        return (entry[3] for entry in reversed(self._entries))
 
     @property
     def head(self) -> Request | None:
-        return self._entries[-1][1] if self._entries else None
+        return self._entries[-1][3] if self._entries else None
 
     def push(self, request: Request) -> None:
-        self._entries.insert(self._index(request), (priority(request), request))
-        self.num_tokens += len(request.prompt_ids)
+        insort(self._entries, _entry(request))
+        self.num_tokens += _known_tokens(request)
 
     def pop(self) -> Request:
-        _, request = self._entries.pop()
-        self.num_tokens -= len(request.prompt_ids)
+        request = self._entries.pop()[3]
+        self.num_tokens -= _known_tokens(request)
         return request
 
     def remove(self, request: Request) -> None:
-        index = self._index(request)
-        if index == len(self._entries) or self._entries[index][1] is not request:
+        """Raises ValueError when it is not here."""
+        index = bisect_left(self._entries, _entry(request)[:3], key=lambda entry: entry[:3])
+        if index == len(self._entries) or self._entries[index][3] is not request:
             raise ValueError(f"request {request.request_id} is not waiting")
         del self._entries[index]
-        self.num_tokens -= len(request.prompt_ids)
+        self.num_tokens -= _known_tokens(request)
 
-    def _index(self, request: Request) -> int:
-        rank, request_arrival, request_id = priority(request)
-        return bisect_left(
-            self._entries,
-            (-rank, -request_arrival, -request_id),
-            key=lambda entry: (-entry[0][0], -entry[0][1], -entry[0][2]),
-        )
+
+def _known_tokens(request: Request) -> int:
+    return len(request.prompt_ids) + request.num_planned_outputs
+
+
+def _entry(request: Request) -> Entry:
+    """Ascending entries are descending priorities. Ids differ, so requests are never compared."""
+    return (-int(request.slo.slo_class), -request.arrival, -request.request_id, request)
