@@ -1,7 +1,9 @@
 """Our local autoscaler: limits from a model of the step, with the tail of its error held below the SLO.
 
-A step may take A = (1 - m) S / rho99 by the model: S is the ITL target in force, rho99 the measured
-99th percentile of time over model, m a margin that shrinks as samples arrive. Two things are drawn
+A step may take A = (1 - m) S trim / rho99 by the model: S is the ITL target in force, rho99 the
+measured 99th percentile of time over model, m a margin that shrinks as samples arrive. `trim` closes
+the loop: rho99 pools the errors of all steps, and those of the steps that fill A may be smaller or
+larger, so it follows the share of tokens that were late in fact, never to where A > (1 - m) S. Two things are drawn
 from this allowance. `max_running` is the largest n that, at the KV length requests have and are
 growing to, leaves room for the prompt tokens that TTFT slack asks for. The token budget is what fills
 the step to A with the n decoding now, so that a step is never longer than it may be and, while
@@ -22,8 +24,19 @@ WINDOW_STEPS = 16
 DEAD_BAND = 0.03
 OVERRUN_BAND = 0.01
 """Share of the allowance by which a full step may exceed it before the token budget is lowered."""
+PROMPT_BAND = 1.2
+"""The token budget is raised, however little the model finds to gain, for this many times the prompts."""
+PROMPT_GROWTH = 1.5
 LARGEST_MARGIN = 0.05
 SMALLEST_MARGIN = 0.01
+
+LATE_SHARE = 0.006
+"""Share of tokens beyond the target that trim settles at: the SLO allows 1 %."""
+TRIM_GAIN = 0.08
+"""Change of trim in a window for a share of late tokens of 1."""
+LEAST_TRIM = 0.8
+BUSY = 0.8
+"""Share of A that steps take on average where A is what holds them back."""
 
 WARM_UP_STEPS = 16
 """Steps that a model without a prior sees before its errors count."""
@@ -61,11 +74,13 @@ class AdaptiveAutoscaler:
         self._steps_left = WINDOW_STEPS
         self._window_seconds = 0.0
         self._window_tokens = 0
+        self._window_late = 0
+        self._trim = 1.0
         self._mean_s = 0.0
         self._throughput = 0.0
         self.throughput_backpressure = 0.0
         self.limits = self._first_limits()
-        self._most_running = 2 * self.limits.max_running
+        self._bound_growth()
 
     # What it tells.
 
@@ -94,6 +109,8 @@ class AdaptiveAutoscaler:
             model.observe(stats, seconds)
         self._window_seconds += seconds
         self._window_tokens += n
+        if seconds > self._target_s:
+            self._window_late += n
         self._steps_left -= 1
         self._interactive_requests = max(stats.interactive_requests, stats.itl_interactive)
         is_interactive = self._interactive_requests > 0
@@ -104,8 +121,10 @@ class AdaptiveAutoscaler:
             self._end_window(stats, now)
             return self._renew()
         if prompt:
-            self._chunk_end = stats.prefill_context / prompt
-            if self._is_off(expected, self.limits.token_budget - n, prompt):
+            budget = self.limits.token_budget - n
+            # A prompt that the budget cut off goes on further up its context.
+            self._chunk_end = stats.prefill_context / prompt + (prompt if prompt >= budget else 0)
+            if self._is_off(expected, budget, prompt):
                 return self._renew()
         return None
 
@@ -127,10 +146,10 @@ class AdaptiveAutoscaler:
 
     @property
     def _allowance_s(self) -> float:
-        """A = (1 - m) S / rho99"""
+        """A = (1 - m) S trim / rho99"""
         known = min(1.0, self._tail.samples / TRUSTED)
         margin = LARGEST_MARGIN + (SMALLEST_MARGIN - LARGEST_MARGIN) * known
-        return (1.0 - margin) * self._target_s / self._tail.rho99
+        return (1.0 - margin) * self._target_s * min(1.0, self._trim / self._tail.rho99)
 
     @property
     def _prompt_token_s(self) -> float:
@@ -152,15 +171,32 @@ class AdaptiveAutoscaler:
         throughput = self._window_tokens / self._window_seconds
         self.throughput_backpressure = self._throughput / throughput if throughput else 0.0
         self._throughput = throughput
+        self._update_trim()
         self._steps_left = WINDOW_STEPS
-        self._window_seconds, self._window_tokens = 0.0, 0
-        self._most_running = 2 * self.limits.max_running
+        self._window_seconds, self._window_tokens, self._window_late = 0.0, 0, 0
+        self._bound_growth()
         if stats.decode_requests:
             kv_mean = stats.kv_tokens / stats.decode_requests
             change = SMOOTHING * (kv_mean - self._kv_mean)
             self._kv_mean += change
             self._kv_growth += SMOOTHING * (change / steps - self._kv_growth)
         self._update_needed_prompt(stats, now)
+
+    def _update_trim(self) -> None:
+        """Where A holds the engine back, move trim towards the late share wanted."""
+        tail, tokens = self._tail, self._window_tokens
+        if tail.samples < TRUSTED or not tokens:
+            return
+        late = self._window_late / tokens
+        if late or self._mean_s > BUSY * self._allowance_s:
+            trim = self._trim + TRIM_GAIN * (LATE_SHARE - late)
+            self._trim = max(LEAST_TRIM, min(trim, tail.rho99))
+
+    def _bound_growth(self) -> None:
+        """Beyond what was tried the model is a guess: limits grow by so much in a window."""
+        prompt = max(self.limits.token_budget - self._n, FIRST_PROMPT_BLOCKS * self._capacity.block_size)
+        self._most_running = 2 * self.limits.max_running
+        self._most_prompt = int(PROMPT_GROWTH * prompt)
 
     def _update_needed_prompt(self, stats: StepStats, now: float) -> None:
         """P: prompt tokens a step with which the most urgent first token comes in time."""
@@ -180,7 +216,7 @@ class AdaptiveAutoscaler:
             n, tokens = FIRST_RUNNING, FIRST_RUNNING + FIRST_PROMPT_BLOCKS * capacity.block_size
         n = min(n, capacity.max_slots)
         self.limits = Limits(n, min(tokens, capacity.max_step_tokens))
-        self._most_running = n
+        self._most_running, self._most_prompt = n, capacity.max_step_tokens
         if self._model.is_ready:
             self._renew()
         return self.limits
@@ -234,12 +270,15 @@ class AdaptiveAutoscaler:
         room = allowance - model.seconds(n, kv_tokens, 0.0, 0.0)
         each = self._prompt_token_s
         most = capacity.max_step_tokens - n
-        prompt = most if each * most <= room else int(max(room, 0.0) / each)
+        prompt = most if each * most <= room else int(room / each) if each > 0.0 else 0
         in_force = old.token_budget - n
-        # At most doubled: beyond what was tried, the model is a guess.
-        prompt = min(prompt, max(2 * in_force, FIRST_PROMPT_BLOCKS * capacity.block_size))
-        prompt = min(max(prompt, capacity.block_size), most)
-        change_s = (prompt - in_force) * each
-        if in_force >= capacity.block_size and -OVERRUN_BAND * allowance < change_s < DEAD_BAND * allowance:
-            return old.token_budget
-        return n + prompt
+        prompt = min(max(min(prompt, self._most_prompt), capacity.block_size), most)
+        if in_force < capacity.block_size:
+            return n + prompt
+        # Where prompt tokens seem to cost nothing, only trying more of them shows what they cost.
+        is_near = (
+            (in_force - prompt) * each < OVERRUN_BAND * allowance
+            if prompt <= in_force
+            else (prompt - in_force) * each < DEAD_BAND * allowance and prompt < in_force * PROMPT_BAND
+        )
+        return old.token_budget if is_near else n + prompt

@@ -20,11 +20,14 @@ from .step_stats import StepStats
 
 ALPHA = 0.5
 INITIAL_B = 8.0
-INTERVAL_STEPS = 32
+INTERVAL_STEPS = 64
 MOST_B = 1e12
 """Only keeps the unclipped B of the literal rule a finite number."""
-THROUGHPUT_NOISE = 0.05
-"""A fall in throughput of less than this is no sign of anything."""
+FIRST_NOISE = 0.1
+NOISE_SMOOTHING = 0.25
+NOISE_DEVIATIONS = 2.0
+"""A fall in throughput counts beyond this many times what it changes by from one interval to the
+next while B stays."""
 
 
 class Interval:
@@ -148,9 +151,9 @@ class LiteralPaperAutoscaler:
 class PaperAutoscaler(LiteralPaperAutoscaler):
     """Algorithm 1, repaired.
 
-    TBP counts only in the interval after B was *raised*, only above 1 + noise, and only where B bound
-    throughout: a fall in arrivals, or the halving itself, is no overload. B is clipped at what the KV
-    cache and the slots hold. Each ITL target keeps its own B, so that an interactive arrival among
+    TBP counts only in the interval after B was *raised* (by a whole request), only above 1 + noise, and
+    only where B bound throughout: a fall in arrivals, or the halving itself, is no overload. B is
+    clipped at what the KV cache and the slots hold. Each ITL target keeps its own B, so that an interactive arrival among
     batch work finds the B that fits it; batch then gives way at once.
     """
 
@@ -158,6 +161,8 @@ class PaperAutoscaler(LiteralPaperAutoscaler):
         self, capacity: EngineCapacity, targets: ItlTargets, token_budget: int | None = None
     ) -> None:
         self._was_raised = False
+        self._is_same = False
+        self._noise = FIRST_NOISE
         self._other_b = INITIAL_B
         super().__init__(capacity, targets, token_budget)
 
@@ -180,18 +185,21 @@ class PaperAutoscaler(LiteralPaperAutoscaler):
         self.batch_size, self._other_b = self._other_b, self.batch_size
         self._interval = Interval()
         self._throughput_before = None
-        self._was_raised = False
+        self._was_raised = self._is_same = False
 
     def _end_interval(self, interval: Interval) -> None:
-        b = self.batch_size
+        b = int(self.batch_size)
         super()._end_interval(interval)
         fits = self._capacity.kv_capacity_tokens / interval.kv_per_request
         self.batch_size = max(1.0, min(self.batch_size, fits, self._capacity.max_slots))
-        self._was_raised = self.batch_size > b
+        self._was_raised = int(self.batch_size) > b
+        self._is_same = int(self.batch_size) == b
 
     def _tbp(self, interval: Interval) -> float:
         tbp = self.throughput_backpressure
-        counts = self._was_raised and interval.was_full and tbp > 1.0 + THROUGHPUT_NOISE
+        if self._is_same and tbp and interval.was_full:
+            self._noise += NOISE_SMOOTHING * (abs(tbp - 1.0) - self._noise)
+        counts = self._was_raised and interval.was_full and tbp > 1.0 + NOISE_DEVIATIONS * self._noise
         return tbp if counts else 0.0
 
     @property

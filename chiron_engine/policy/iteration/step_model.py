@@ -30,8 +30,7 @@ class StepModel:
     """Fits seconds = coefficients . features, features (1, n, K, P, C) as in `StepCosts`.
 
     Residuals are relative (every observation is divided by its time), because noise is. The
-    coefficients are kept non-negative by moving along the covariance, which is the constrained least
-    squares step. Information is forgotten only in the direction of what is being observed (Kulhavy's
+    coefficients are kept non-negative by conditioning on those that would fall below zero being zero. Information is forgotten only in the direction of what is being observed (Kulhavy's
     directional forgetting): a direction that inputs never vary in keeps its covariance, which
     therefore stays bounded, however long inputs stay the same.
     """
@@ -192,17 +191,29 @@ class StepModel:
             row[4] -= factor * g[4]
 
     def _keep_non_negative(self) -> None:
-        """Move the most negative coefficient to zero at the least cost in fit, which moves those that
-        are correlated with it; the rest of them are cut off."""
+        """Set negative coefficients to zero, the most negative first, and move the others by what that
+        says of them, so that the fit to what was observed suffers least. What is zero stays so."""
         theta = self._coefficients
-        lowest = min(theta)
-        if lowest >= 0.0:
-            return
-        index = theta.index(lowest)
-        row = self._covariance[index]
-        shift = -lowest / row[index]
-        self._coefficients = [max(0.0, value + shift * r) for value, r in zip(theta, row, strict=True)]
-        self._coefficients[index] = 0.0
+        rows = self._covariance
+        while (lowest := min(theta)) < 0.0:
+            index = theta.index(lowest)
+            given = rows[index]
+            spread = given[index]
+            if not spread > 0.0:
+                self._coefficients = [max(0.0, value) for value in theta]
+                return
+            ratios = [value / spread for value in given]
+            theta = [value - lowest * ratio for value, ratio in zip(theta, ratios, strict=True)]
+            theta[index] = 0.0
+            rows = [
+                [value - given[i] * ratio for value, ratio in zip(rows[i], ratios, strict=True)]
+                for i in range(SIZE)
+            ]
+            # Exactly, not but for rounding: a later step must not move it again.
+            rows[index] = [0.0] * SIZE
+            for row in rows:
+                row[index] = 0.0
+        self._coefficients = theta
 
     def _publish(self) -> None:
         theta, scale = self._coefficients, self._scale
