@@ -34,6 +34,9 @@ from .request_book import LiveRequest, RequestBook
 from .run_result import InstanceLife, ItlHistogram
 from .token_gaps import TokenGaps
 
+LEAST_COASTING = 4
+"""Steps that are worth to be left for later."""
+ENVELOPE_MARGIN = 0.95
 UNBOUNDED = 1 << 60
 """Queue bounds of a simulated engine: the fleet, not the engine, decides what it is sent."""
 
@@ -116,6 +119,9 @@ class EngineInstance:
         self._held: dict[int, Request] = {}
         self._saved: dict[int, tuple[Request, int]] = {}
         self._resuming: dict[Request, int] = {}
+        self.due: float | None = None
+        self.awaited: float | None = None
+        self.is_coasting = False
         self._stepping = False
         self._last_commit = 0.0
         self._itl_s = 0.0
@@ -131,7 +137,7 @@ class EngineInstance:
         block_copy_s = profile.copy_s_per_kv_token * shape.block_size
         self._clock = VirtualClock(now)
         self._autoscaler = setup.autoscaler(self.itl_target_s)
-        executor = ObservedExecutor(
+        self._executor = executor = ObservedExecutor(
             shape,
             profile.step_times,
             self._clock,
@@ -182,7 +188,7 @@ class EngineInstance:
 
     @property
     def is_busy(self) -> bool:
-        return self._stepping or self.state is InstanceState.LOADING
+        return self._stepping or self.is_coasting or self.state is InstanceState.LOADING
 
     # What it is told.
 
@@ -227,22 +233,76 @@ class EngineInstance:
 
     # Its steps.
 
-    def begin_step(self, until: float) -> float | None:
-        """Start a step unless one is under way; returns when it will be complete, None without one
-        to wait for. Steps that change nothing are done at once where they end before `until`."""
+    def begin_step(self, until: float) -> None:
+        """Start a step unless one is under way. `due` then says when `complete_step` is to come, None
+        where there is nothing to do. Steps that change nothing are done at once where they are
+        complete before `until`, or left for later where nobody can tell."""
         core = self.core
         if core is None or self._stepping:
-            return None
+            return
+        self.due = None
         if until > self._clock.now():
+            self.due = self._coasting_end()
+            if self.due is not None:
+                self.is_coasting = True
+                return
             core.fast_forward(until)
-        if not core.submit():
-            if core.has_work:
-                self._hand_back(core.complete().handed_back)
+        self._submit(core)
+
+    def _submit(self, core: EngineCore) -> None:
+        if core.submit():
+            self._stepping = True
+            self.due = core.completes_at
+        elif core.has_work:
+            self._hand_back(core.complete().handed_back)
+
+    def _coasting_end(self) -> float | None:
+        """A time before which nothing can happen here that anyone would notice, unless something
+        comes in: interactive requests decode, nobody waits, nobody ends, no block runs short. None
+        where there is no such time.
+
+        Nobody looks at an engine until then, so its steps wait: they are done when something comes.
+        """
+        core = self.core
+        assert core is not None
+        scheduler = core.scheduler
+        if self._setup.step_noise or scheduler.waiting or scheduler.num_requests[SloClass.BATCH]:
             return None
-        self._stepping = True
-        return core.completes_at
+        quiet, stop = scheduler.num_quiet_steps(), self._executor.next_stop_step
+        if stop is not None:
+            quiet = min(quiet, stop - scheduler.step)
+        if quiet < LEAST_COASTING:
+            return None
+        requests, kv_tokens = scheduler.decode_load
+        growths = scheduler.tiers.device.num_free // requests - 1
+        quiet = min(quiet, growths * self._setup.shape.block_size)
+        if quiet < LEAST_COASTING:
+            return None
+        least_s = ENVELOPE_MARGIN * self._setup.profile.envelope.seconds(requests, kv_tokens)
+        return self._clock.now() + quiet * least_s
+
+    def catch_up(self, now: float) -> None:
+        """Do the steps that are complete by now, and go on coasting."""
+        if self.is_coasting and self.core is not None:
+            self.core.fast_forward(now)
+
+    def stop_coasting(self, now: float) -> None:
+        """Be where an engine that never coasted would be: with a step under way, which `due` ends."""
+        if not self.is_coasting or self.core is None:
+            return
+        self.catch_up(now)
+        self.is_coasting = False
+        self.due = None
+        self._submit(self.core)
+        if self.due is not None and self.due < now:
+            self.due = now  # only where the envelope of the profile is above its step times
 
     def complete_step(self, now: float) -> None:
+        """The time `due` has come."""
+        if self.is_coasting:
+            self.catch_up(now)
+            self.is_coasting = False
+            return
         self._stepping = False
         output = self._running_core(now).complete()
         if self._resuming:

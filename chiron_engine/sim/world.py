@@ -129,6 +129,7 @@ class World:
         result = self._result
         result.end_s = self._book.last_served_s
         for engine in self._engines.values():
+            engine.stop_coasting(self._events.now)
             self._count(engine)
         result.extrapolated_steps = self._profile.step_times.extrapolated - extrapolated_before
         if self._progress is not None:
@@ -158,6 +159,8 @@ class World:
 
     def _sample(self) -> FleetSample:
         ready = [engine for engine in self._engines.values() if engine.core is not None]
+        for engine in ready:
+            engine.catch_up(self._events.now)
         count = max(1, len(ready))
         attained, ended = self._book.take_sample()
         return FleetSample(
@@ -264,6 +267,8 @@ class World:
         engine = self._engines.get(instance_id)
         if engine is None and instance_id not in self._ended:
             raise RuntimeError(f"the fleet policy names instance {instance_id}, which it never launched")
+        if engine is not None:
+            self._stop_coasting(engine)
         return engine
 
     # The lives of engines.
@@ -304,6 +309,7 @@ class World:
     def _lose(self, engine: EngineInstance) -> None:
         if engine.core is None:
             return
+        engine.stop_coasting(self._events.now)
         produced = engine.lose(self._events.now)
         self._end(engine)
         self._result.lost_instances += 1
@@ -330,21 +336,32 @@ class World:
 
     def _begin_step(self, engine: EngineInstance) -> None:
         events = self._events
-        until = events.next_time() if self._settings.fast_forward else events.now
-        complete_at = engine.begin_step(until)
-        if complete_at is not None:
-            events.add_step(complete_at, engine.instance_id, self._complete_step, engine)
+        engine.begin_step(events.next_time() if self._settings.fast_forward else events.now)
+        self._await_step(engine)
+
+    def _await_step(self, engine: EngineInstance) -> None:
+        if engine.due is not None and engine.due != engine.awaited:
+            engine.awaited = engine.due
+            self._events.add_step(engine.due, engine.instance_id, self._complete_step, engine)
 
     def _complete_step(self, engine: EngineInstance) -> None:
-        if engine.core is None:
-            return
+        if engine.core is None or engine.due != self._events.now:
+            return  # it has ended, or was disturbed while it coasted
+        engine.awaited = None
         engine.complete_step(self._events.now)
         self._begin_step(engine)
         self._exit_if_spent(engine)
 
+    def _stop_coasting(self, engine: EngineInstance) -> None:
+        """Something comes in."""
+        if engine.is_coasting:
+            engine.stop_coasting(self._events.now)
+            self._await_step(engine)
+
     def _report(self, engine: EngineInstance) -> None:
         if engine.core is None:
             return
+        self._stop_coasting(engine)
         self._send_to_fleet(engine.report(self._events.now))
         self._events.add(self._events.now + self._settings.telemetry_s, self._report, engine)
 
