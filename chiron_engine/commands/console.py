@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from .durations import format_duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class LoadPhases:
@@ -49,3 +54,43 @@ class LoadPhases:
 
 def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+class SimulationProgress:
+    """A bar of simulated time on standard error, for runs over two seconds, on a terminal only."""
+
+    QUIET_S = 2.0
+
+    def __init__(self, label: str, until_s: float, stream: TextIO | None = None) -> None:
+        """until_s: simulated seconds at the last arrival; what comes after leaves the bar full."""
+        self._label = label
+        self._until_s = until_s
+        self._stream = stream or sys.stderr
+        self._since = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __call__(self, now_s: float) -> None:
+        if not self._stream.isatty() or time.monotonic() - self._since < self.QUIET_S:
+            return
+        bar = self._bar = self._bar or self._start()
+        bar.update(self._task, completed=min(now_s, self._until_s), clock=format_duration(now_s))
+
+    def _start(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[clock]} simulated"),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(*columns, console=Console(file=self._stream), transient=True)
+        self._task = bar.add_task(self._label, total=self._until_s or None, clock="")
+        bar.start()
+        return bar
+
+    def done(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

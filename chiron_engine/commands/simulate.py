@@ -1,0 +1,198 @@
+"""`chiron simulate`: replay traces against simulated engines under one or several policies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from .console import note
+from .exits import CommandError, usage_error
+from .option_tables import with_options
+from .simulation_options import (
+    DEFAULT_PROFILE,
+    FLEET_OPTIONS,
+    SLO_OPTIONS,
+    WORKLOAD_OPTIONS,
+    WORLD_OPTIONS,
+    class_slos,
+    world_settings,
+)
+
+if TYPE_CHECKING:
+    from .simulation import PolicyRun
+
+STDOUT = "-"
+
+
+@with_options("world", WORLD_OPTIONS, "World")
+@with_options("fleet", FLEET_OPTIONS, "Fleet")
+@with_options("slo", SLO_OPTIONS, "Service level objectives")
+@with_options("workload", WORKLOAD_OPTIONS, "Workload")
+def simulate(
+    workload: dict[str, Any],
+    slo: dict[str, Any],
+    fleet: dict[str, Any],
+    world: dict[str, Any],
+    profile: Annotated[
+        str, Option(metavar="GPU/MODEL/tpN/precision", help="Step times and capacity of an instance.")
+    ] = DEFAULT_PROFILE,
+    policy: Annotated[
+        str, Option(metavar="NAME[,NAME...]", help="Several are compared on the same workload.")
+    ] = "chiron",
+    json_file: Annotated[
+        str | None, Option("--json", metavar="FILE", help="Where JSON goes; - is standard output.")
+    ] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Figure over time: .png, .svg or .pdf.")] = None,
+    bound: Annotated[bool, Option("--bound/--no-bound", help="Compute the least GPU-hours possible.")] = True,
+    listing: Annotated[
+        bool, Option("--list", help="List profiles, traces, policies and local autoscalers; run nothing.")
+    ] = False,
+) -> None:
+    """Replay an interactive and a batch trace against simulated engines, in virtual time.
+
+    The engines' own scheduler and the fleet's own policy decide; only step times are modelled. The
+    same seed gives the same JSON, but for wall_s. A table goes to standard output, or to standard
+    error with --json -.
+    """
+    if listing:
+        _list_names(json_file)
+        return
+    with _input_errors():
+        _check_outputs(json_file, plot)
+    names = [name.strip() for name in policy.split(",")]
+    runs, lines = _run(workload, slo, fleet, world, profile, names, bound)
+    _write(json_file, runs)
+    if plot is not None:
+        _plot(plot, runs, lines)
+    _print(runs, lines, json_file)
+
+
+def _run(
+    workload: dict[str, Any],
+    slo: dict[str, Any],
+    fleet: dict[str, Any],
+    world: dict[str, Any],
+    profile_name: str,
+    policy_names: Sequence[str],
+    bound: bool,
+) -> tuple[list[PolicyRun], list[str]]:
+    """The runs, and lines on what was run."""
+    from chiron_engine.sim.feasibility import batch_1_step_s, check_feasible
+    from chiron_engine.sim.policies import make_policy
+    from chiron_engine.sim.profiles import load_profile
+
+    from . import simulation
+
+    with _input_errors():
+        if not (workload["interactive"] or workload["batch"]):
+            raise ValueError("give a trace: --interactive TRACE, --batch TRACE or both (--list names some)")
+        policies = [make_policy(name, fleet["local_autoscaler"]) for name in policy_names]
+        profile = load_profile(profile_name)
+        settings = world_settings(fleet, world)
+        simulation.check_policies(policies, profile, settings)
+        slos = class_slos(slo, batch_1_step_s(profile))
+        seed = workload["seed"]
+        asked = simulation.load_workload(
+            workload["interactive"], workload["batch"], slos, seed, workload["duration"]
+        )
+        for remark in check_feasible(asked, profile, settings.max_gpus):
+            note(f"chiron: {remark}")
+        scaled = simulation.scale_workload(asked, profile, workload["load"], workload["batch_load"], seed)
+    runs = simulation.run_policies(
+        scaled,
+        profile_name,
+        policies,
+        settings,
+        seed,
+        bound=bound,
+        load=workload["load"],
+        batch_load=workload["batch_load"],
+    )
+    return runs, simulation.describe(scaled, profile_name, runs[0].summary)
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """A ValueError in here is about what the user asked for; it is told on one line."""
+    try:
+        yield
+    except ValueError as error:
+        first, *others = str(error).splitlines()
+        listed = "; ".join(line.strip(" -") for line in others)
+        raise usage_error(f"{first} {listed}".strip()) from error
+
+
+def _check_outputs(json_file: str | None, plot: Path | None) -> None:
+    """Raises ValueError for a file that cannot be written, before a run is paid for."""
+    if json_file not in (None, STDOUT):
+        path = Path(json_file)
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ValueError(f"--json: {json_file!r} is no file in a folder that exists")
+    if plot is not None:
+        from chiron_engine.sim.plot import check_plot_path
+
+        check_plot_path(plot)
+
+
+def _list_names(json_file: str | None) -> None:
+    from chiron_engine.policy.iteration.local_autoscaler import LOCAL_AUTOSCALERS
+    from chiron_engine.sim.policies import POLICIES
+    from chiron_engine.sim.profiles import profile_names
+    from chiron_engine.sim.traces.generate import KINDS
+    from chiron_engine.sim.traces.packaged import trace_names
+
+    names = {
+        "profiles": profile_names(),
+        "traces": [*trace_names(), *(f"{kind}:..." for kind in KINDS)],
+        "policies": list(POLICIES),
+        "local_autoscalers": sorted(LOCAL_AUTOSCALERS),
+    }
+    if json_file is not None:
+        _write_text(json_file, json.dumps(names, indent=1))
+        return
+    for title, entries in names.items():
+        print(title.replace("_", " "))
+        print("".join(f"  {entry}\n" for entry in entries))
+
+
+def _write(json_file: str | None, runs: Sequence[PolicyRun]) -> None:
+    """One object, or a list of them where several policies ran."""
+    if json_file is None:
+        return
+    summaries = [run.summary for run in runs]
+    content = summaries if len(summaries) > 1 else summaries[0]
+    _write_text(json_file, json.dumps(content, indent=1, allow_nan=False))
+
+
+def _write_text(json_file: str, text: str) -> None:
+    if json_file == STDOUT:
+        print(text)
+        return
+    try:
+        Path(json_file).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"--json: {json_file}: {error.strerror or error}") from error
+
+
+def _plot(path: Path, runs: Sequence[PolicyRun], lines: Sequence[str]) -> None:
+    from chiron_engine.sim.plot import PlottedRun, plot_runs
+
+    plotted = [PlottedRun(run.summary["policy"], run.result.samples) for run in runs]
+    try:
+        plot_runs(plotted, path, subtitle="\n".join(lines))
+    except OSError as error:
+        raise CommandError(f"--plot: {path}: {error.strerror or error}") from error
+
+
+def _print(runs: Sequence[PolicyRun], lines: Sequence[str], json_file: str | None) -> None:
+    from chiron_engine.sim.report import print_table
+
+    file = sys.stderr if json_file == STDOUT else sys.stdout
+    print(*lines, sep="\n", file=file)
+    print_table([run.summary for run in runs], file)

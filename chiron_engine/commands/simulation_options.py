@@ -1,0 +1,209 @@
+"""The options of `chiron simulate`, and what they say as objectives and as settings of a world."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from chiron_engine.sim.faults import FaultSettings
+from chiron_engine.sim.workload import BATCH_SLO, INTERACTIVE_SLO, ClassSlo
+from chiron_engine.sim.world_settings import WorldSettings
+
+from .durations import parse_duration, parse_positive
+from .exits import usage_error
+from .option_tables import TableOption
+
+DEFAULT_PROFILE = "h100/llama-3.1-8b/tp1/bf16"
+WORLD, FAULTS = WorldSettings(), FaultSettings()
+Entry = tuple[str, TableOption]
+
+
+def _entry(flag: str, kind: Any, default: Any, help_text: str, **details: Any) -> Entry:
+    return flag[2:].replace("-", "_"), TableOption(flag, kind, default, {"help": help_text, **details})
+
+
+def _parsed(flag: str, default: Any, help_text: str, parse: Callable[[str], Any], metavar: str) -> Entry:
+    """An option whose text `parse` reads. A value it refuses is told on one line, as every mistake
+    in the input of a simulation is."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, str):  # the default
+            return value
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise usage_error(f"{flag}: {error}") from error
+
+    kind = float | None if default is None else type(default)
+    return _entry(flag, kind, default, help_text, parser=read, metavar=metavar)
+
+
+def _positive_duration(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is not a duration over 0")
+    return seconds
+
+
+def _itl_slo(text: str) -> str:
+    """Checked now; it means seconds only when the profile is known."""
+    if itl_seconds(text, batch_1_step_s=1.0) <= 0:
+        raise ValueError(f"{text!r} is no time over 0")
+    return text
+
+
+def itl_seconds(text: str, batch_1_step_s: float) -> float:
+    """An ITL SLO: milliseconds, a duration with a unit, or as `1.5x` the step of a request alone.
+
+    Raises ValueError for other text.
+    """
+    if text.endswith("x"):
+        return parse_positive(text[:-1]) * batch_1_step_s
+    return parse_duration(text, bare_unit="ms")
+
+
+WORKLOAD_OPTIONS = dict(
+    (
+        _entry("--interactive", str | None, None, "Trace: a packaged name or a file.", metavar="TRACE"),
+        _entry("--batch", str | None, None, "Trace: a packaged name or a file.", metavar="TRACE"),
+        _parsed(
+            "--load",
+            None,
+            "Scale interactive arrivals to a mean demand of N instances.",
+            parse_positive,
+            "N",
+        ),
+        _parsed("--batch-load", None, "The same of batch arrivals (as --load).", parse_positive, "N"),
+        _parsed(
+            "--duration",
+            None,
+            "Take what arrives in the first seconds of each trace only.",
+            _positive_duration,
+            "SECONDS",
+        ),
+        _entry("--seed", int, 0, "Of all that is drawn.", min=0),
+    )
+)
+
+SLO_OPTIONS = dict(
+    (
+        _parsed(
+            "--ttft-slo",
+            INTERACTIVE_SLO.ttft_s,
+            "Interactive: time to the first token.",
+            _positive_duration,
+            "SECONDS",
+        ),
+        _parsed(
+            "--itl-slo",
+            f"{INTERACTIVE_SLO.itl_s * 1e3:g}",
+            "Interactive: time between tokens; 1.5x is so many steps of a request alone.",
+            _itl_slo,
+            "MS|Nx",
+        ),
+        _parsed(
+            "--batch-ttft-slo",
+            BATCH_SLO.ttft_s,
+            "Batch: part of the default deadline.",
+            _positive_duration,
+            "SECONDS",
+        ),
+        _parsed(
+            "--batch-itl-slo",
+            f"{BATCH_SLO.itl_s * 1e3:g}",
+            "Batch: sizes running batches; part of the default deadline.",
+            _itl_slo,
+            "MS|Nx",
+        ),
+        _parsed(
+            "--batch-deadline",
+            None,
+            "Batch: arrival to last token (its TTFT SLO + mean output x its ITL SLO).",
+            _positive_duration,
+            "SECONDS",
+        ),
+    )
+)
+
+FLEET_OPTIONS = dict(
+    (
+        _entry("--max-gpus", int, WORLD.max_gpus, "GPUs there are."),
+        _parsed(
+            "--load-time", WORLD.load_time_s, "From launch decision to ready.", parse_duration, "SECONDS"
+        ),
+        _entry("--load-jitter", float, WORLD.load_jitter, "Half width of its spread, as a share."),
+        _entry(
+            "--initial-instances",
+            int | None,
+            None,
+            "Ready at the start (what the first load time's demand needs).",
+        ),
+        _entry(
+            "--local-autoscaler",
+            str | None,
+            None,
+            "On each instance, in place of the policy's own.",
+            metavar="NAME",
+        ),
+        _parsed(
+            "--tick", WORLD.tick_s, "Between two looks at the whole fleet.", _positive_duration, "SECONDS"
+        ),
+    )
+)
+
+WORLD_OPTIONS = dict(
+    (
+        _entry("--noise", float, WORLD.step_noise, "Deviation of the logarithm of step times."),
+        _parsed(
+            "--rpc-delay", WORLD.rpc_delay_s, "One way, to or from an engine.", parse_duration, "SECONDS"
+        ),
+        _entry(
+            "--host-kv-share",
+            float,
+            WORLD.host_kv_share,
+            "Host memory for saved KV, as a multiple of the device's.",
+        ),
+        _entry(
+            "--max-tokens", int | None, None, "Output cap, which policies know (what the context leaves)."
+        ),
+        _entry(
+            "--losses-per-hour", float, FAULTS.losses_per_hour, "How often an instance dies in an hour of it."
+        ),
+        _entry("--slow-launches", float, FAULTS.slow_launches, "Share of launches that are slow."),
+        _entry("--slow-factor", float, FAULTS.slow_factor, "Load times a slow launch takes."),
+        _entry("--failed-launches", float, FAULTS.failed_launches, "Share of launches that fail."),
+    )
+)
+
+
+def class_slos(slo: Mapping[str, Any], batch_1_step_s: float) -> tuple[ClassSlo, ClassSlo]:
+    """Objectives of the interactive and of the batch class."""
+    interactive = ClassSlo(slo["ttft_slo"], itl_seconds(slo["itl_slo"], batch_1_step_s))
+    batch_itl_s = itl_seconds(slo["batch_itl_slo"], batch_1_step_s)
+    return interactive, ClassSlo(slo["batch_ttft_slo"], batch_itl_s, slo["batch_deadline"])
+
+
+def world_settings(fleet: Mapping[str, Any], world: Mapping[str, Any]) -> WorldSettings:
+    """Raises ValueError for a value outside its range."""
+    for name, value in (*fleet.items(), *world.items()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a finite number")
+    faults = FaultSettings(
+        losses_per_hour=world["losses_per_hour"],
+        slow_launches=world["slow_launches"],
+        slow_factor=world["slow_factor"],
+        failed_launches=world["failed_launches"],
+    )
+    return WorldSettings(
+        max_gpus=fleet["max_gpus"],
+        load_time_s=fleet["load_time"],
+        load_jitter=fleet["load_jitter"],
+        rpc_delay_s=world["rpc_delay"],
+        tick_s=fleet["tick"],
+        initial_instances=fleet["initial_instances"],
+        host_kv_share=world["host_kv_share"],
+        max_output_tokens=world["max_tokens"],
+        step_noise=world["noise"],
+        faults=faults,
+    )
