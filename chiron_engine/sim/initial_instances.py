@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 
+import numpy as np
+
+from .load_scaling import mean_demand
 from .profile import Profile
 from .sim_policy import SimPolicy
-from .workload import Workload
+from .traces.columns import arrivals_of, take_rows
+from .workload import Stream, Workload
 from .world_settings import WorldSettings
 
 LEAST_WINDOW_S = 10.0
@@ -26,25 +30,15 @@ def initial_instances(
     if workload.interactive is None:
         return 0
     window_s = max(settings.load_time_s, LEAST_WINDOW_S)
-    needed = math.ceil(_demand(workload, profile, window_s)) + 1
+    needed = math.ceil(_demand(workload.interactive, profile, window_s)) + 1
     return min(needed, settings.max_gpus // profile.gpus)
 
 
-def _demand(workload: Workload, profile: Profile, window_s: float) -> float:
-    """Instances that the interactive requests arriving within the window keep busy through it."""
-    assert workload.interactive is not None
-    trace = workload.interactive.trace
-    arrived = bisect_right(trace.arrival_s, window_s)
-    work = sum(_work_s(profile, trace.prompt_tokens[r], trace.output_tokens[r]) for r in range(arrived))
-    return work / window_s
-
-
-def _work_s(profile: Profile, prompt: int, output: int) -> float:
-    """Seconds of one instance for one request, in steps whose KV fills the device."""
-    fit = profile.fit
-    per_context_s = fit.per_kv_token_s + fit.base_s / profile.kv_capacity_tokens
-    return (
-        fit.prefill_s(prompt)
-        + fit.per_request_s * output
-        + per_context_s * (prompt * output + output * (output + 1) / 2)
-    )
+def _demand(stream: Stream, profile: Profile, window_s: float) -> float:
+    """Instances that the requests arriving within the window keep busy through it."""
+    arrived = bisect_right(stream.trace.arrival_s, window_s)
+    if not arrived:
+        return 0.0
+    rows = np.arange(arrived)
+    first = take_rows(stream.trace, rows, arrivals_of(stream.trace)[rows])
+    return mean_demand(first, stream.slo_class, stream.slo, profile, span_s=window_s)

@@ -7,16 +7,13 @@ from bisect import bisect_right
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
 from chiron_engine.policy.iteration.request import SloClass
 
 from .attainment import attainment, ttft_percentile
 from .run_result import ITL_FIRST_S, ITL_RATIO, InstanceLife, ItlHistogram, Outcome, RunResult
-from .workload import Stream, Workload
+from .traces.dispersion import dispersion
 
 SIGNIFICANT_DIGITS = 9
-DISPERSION_WINDOWS_S = (1, 10, 60)
 
 
 def summary(
@@ -32,7 +29,7 @@ def summary(
     requests. Equal runs give equal values but for `wall_s`. `more` is appended."""
     figures = {
         "policy": policy,
-        "trace": {str(s.slo_class.name.lower()): s.trace.name for s in result.workload.streams},
+        "trace": {s.slo_class.name.lower(): s.trace.name for s in result.workload.streams},
         "profile": profile,
         "requests": result.workload.num_requests,
         **_slo_figures(result),
@@ -50,7 +47,9 @@ def summary(
         "lost_instances": result.lost_instances,
         "steps": result.steps,
         "extrapolated_steps": result.extrapolated_steps,
-        "index_of_dispersion": dispersion(result.workload),
+        "index_of_dispersion": {
+            s.slo_class.name.lower(): dispersion(s.trace) for s in result.workload.streams
+        },
         **more,
     }
     return {key: rounded(value) for key, value in figures.items()}
@@ -106,19 +105,3 @@ def peak_instances(instances: list[InstanceLife]) -> int:
     changes = [(life.launched_s, 1) for life in instances]
     changes += [(life.exited_s, -1) for life in instances if not math.isnan(life.exited_s)]
     return max(accumulate((change for _, change in sorted(changes)), initial=0))
-
-
-def dispersion(workload: Workload) -> dict[str, dict[str, float | None]]:
-    """Variance over mean of the arrivals counted in windows, by class and width; Poisson is 1."""
-    return {s.slo_class.name.lower(): _dispersion(s) for s in workload.streams}
-
-
-def _dispersion(stream: Stream) -> dict[str, float | None]:
-    arrival = np.asarray(stream.trace.arrival_s)
-    found: dict[str, float | None] = {}
-    for width in DISPERSION_WINDOWS_S:
-        windows = int(stream.trace.span_s // width)
-        inside = arrival[arrival < windows * width]
-        counts = np.bincount((inside // width).astype(np.int64), minlength=windows)
-        found[f"{width}s"] = float(counts.var() / counts.mean()) if windows > 1 and len(inside) else None
-    return found
