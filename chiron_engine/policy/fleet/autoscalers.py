@@ -29,7 +29,5 @@ def _static_instances(name: str, config: FleetConfig, spec: InstanceSpec) -> int
     count = name.removeprefix("static:")
     most = config.max_gpus // spec.gpus
     if not (count.isascii() and count.isdigit() and 1 <= int(count) <= most):
-        raise ValueError(
-            f"{name!r}: the number of instances must be between 1 and {most}, what the GPUs hold"
-        )
+        raise ValueError(f"{name!r}: N must be a whole number from 1 to {most}, what the GPUs hold")
     return int(count)

@@ -7,7 +7,7 @@ from collections import deque
 
 SHORT_S = (2.0, 5.0)
 LONG_S = 60.0
-SIGNIFICANT = 4.0
+SIGNIFICANT = 6.0
 
 
 class InteractiveDemand:
@@ -20,8 +20,8 @@ class InteractiveDemand:
     as a floor, for the day when the step model is wrong and work piles up.
 
     smooth: D with the flow of the last 5 s. mean: of `smooth` over the last 60 s. recent: the
-    mean, but where the flow of the last 2 or 5 s lies more than four standard deviations of a
-    Poisson stream over it, that flow: a step in the load is seen in two ticks, noise is not.
+    mean, but where the flow of the last 2 or 5 s lies more than six standard deviations of a
+    Poisson stream over it, that flow: a step in the load is seen within these, noise is not.
     """
 
     def __init__(self, tick_s: float) -> None:

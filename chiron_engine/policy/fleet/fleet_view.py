@@ -29,7 +29,7 @@ class PoolView:
 class BatchView:
     """Batch work and what serves it. groups: in order of deadline, what runs included.
     throughput: of ready and loading batch instances and of mixed ones. queued: requests without an
-    instance. is_learned: output lengths come from finished requests."""
+    instance."""
 
     groups: Sequence[GroupWork]
     throughput: Throughput

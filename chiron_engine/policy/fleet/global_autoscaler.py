@@ -17,11 +17,12 @@ from .fleet_view import BatchView, Decision, FleetView, PoolTarget, PoolView
 from .theta import Theta
 from .waiting_time import late_groups, least_instances
 
-DEAD_BAND = 0.35
-"""Instances by which D / Theta must pass the present number before it is followed."""
-DECREASE_WINDOW_S = 300.0
-"""Demand is remembered for this long at least before instances go: a steady Poisson load wanders
-by some percent within minutes."""
+DEAD_BAND = 0.3
+DEAD_BAND_SHARE = 0.03
+"""Instances, and share of them, by which D / Theta must pass the present number before it is
+followed: a steady Poisson load makes the 60 s mean of D wander by some percent within minutes."""
+DECREASE_WINDOW_S = 600.0
+"""Demand is remembered for this long at least before instances go."""
 SAFE_TICKS = 2
 
 
@@ -69,17 +70,23 @@ class PoolScaling:
         self.theta.observe(demand.smooth, demand.mean, lead_s)
         window_s = max(lead_s, DECREASE_WINDOW_S)
         wanted = demand.mean * self.theta.ratio
-        needed = math.ceil(demand.recent) + 1 if demand.recent > 0 or self._least else 0
+        needed = _ceil(demand.recent) + 1 if demand.recent > 0 or self._least else 0
         most_wanted = self._wanted.push(wanted, now, window_s)
         most_needed = self._needed.push(needed, now, window_s)
         always_busy = -self._least_demand.push(-demand.smooth, now, window_s)
-        if max(wanted - DEAD_BAND, needed) > self._present:
-            self._present = max(math.ceil(wanted - DEAD_BAND), needed)
-        elif max(most_wanted + DEAD_BAND, most_needed) <= self._present - 1:
-            self._present = max(math.ceil(most_wanted + DEAD_BAND), int(most_needed))
+        band = DEAD_BAND + DEAD_BAND_SHARE * self._present
+        if max(wanted - band, needed) > self._present:
+            self._present = max(_ceil(wanted - band), needed)
+        elif max(most_wanted + band, most_needed) <= self._present - 1:
+            self._present = max(_ceil(most_wanted + band), int(most_needed))
         self._present = max(self._present, self._least)
         interactive = max(0, min(int(always_busy), self._present - 1))
         return PoolTarget(pool.target_s, interactive, self._present - interactive)
+
+
+def _ceil(instances: float) -> int:
+    """Rounded up, but for what the rounding of sums adds."""
+    return math.ceil(instances - 1e-6)
 
 
 class ChironAutoscaler:

@@ -6,7 +6,6 @@ import math
 
 PRIOR_SAMPLES = 4
 MEMORY = 4096
-LEARNED = 32
 BINS_PER_OCTAVE = 4
 
 
@@ -22,11 +21,9 @@ class OutputEstimate:
         self._since_decay = 0
         self._count_by_bin = [0.0] * (32 * BINS_PER_OCTAVE)
         self._sum_by_bin = [0.0] * (32 * BINS_PER_OCTAVE)
-        self.samples = 0
         self._moments()
 
     def observe(self, tokens: int) -> None:
-        self.samples += 1
         self._weight += 1.0
         self._sum += tokens
         self._square_sum += tokens * tokens
@@ -37,10 +34,6 @@ class OutputEstimate:
         if self._since_decay >= MEMORY:
             self._decay()
         self._moments()
-
-    @property
-    def is_learned(self) -> bool:
-        return self.samples >= LEARNED
 
     def remaining(self, produced: int) -> float:
         """Mean of what outputs longer than `produced` still had to come."""
