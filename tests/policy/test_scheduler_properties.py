@@ -15,7 +15,14 @@ from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.plan import StepPlan
-from chiron_engine.policy.iteration.request import FinishReason, Request, SamplingParams, Slo, SloClass
+from chiron_engine.policy.iteration.request import (
+    FinishReason,
+    Request,
+    RequestState,
+    SamplingParams,
+    Slo,
+    SloClass,
+)
 from tests.core.checked_executor import CheckedExecutor, reference_output
 
 VOCAB = 40
@@ -34,9 +41,17 @@ class EngineMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         costs=st.sampled_from([SAVE, RECOMPUTE]),
         optimistic=st.booleans(),
+        hand_back=st.booleans(),
     )
     def start(
-        self, blocks: int, host_blocks: int, depth: int, caching: bool, costs: SwapCosts, optimistic: bool
+        self,
+        blocks: int,
+        host_blocks: int,
+        depth: int,
+        caching: bool,
+        costs: SwapCosts,
+        optimistic: bool,
+        hand_back: bool,
     ) -> None:
         shape = ExecutorShape(BLOCK, blocks, host_blocks, SLOTS, BUDGET, blocks * BLOCK, VOCAB, depth)
         self.clock = VirtualClock()
@@ -47,6 +62,7 @@ class EngineMachine(RuleBasedStateMachine):
             limits=Limits(SLOTS, BUDGET),
             enable_prefix_caching=caching,
             swap_costs=costs,
+            hand_back_evicted=hand_back,
         )
         if optimistic:  # outputs are predicted to be short, so too much is admitted and blocks run out
             for _ in range(20):
@@ -54,6 +70,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.requests: dict[int, Request] = {}
         self.finished: dict[int, Request] = {}
         self.streamed: dict[int, list[int]] = {}
+        self.away: dict[int, Request] = {}
+        self.gone: dict[int, Request] = {}
         self.running_before = 0
         self.plans: list[StepPlan] = []
         submit = self.executor.submit
@@ -115,6 +133,10 @@ class EngineMachine(RuleBasedStateMachine):
         for request in output.finished:
             assert request.request_id not in self.finished, "finished twice"
             self.finished[request.request_id] = request
+        for request in output.handed_back:
+            assert self.core.hand_back_evicted and request.slo.slo_class is SloClass.BATCH
+            assert request.state is RequestState.EVICTED and request.request_id not in self.away
+            self.away[request.request_id] = request
 
     def check_plan(self, plan: StepPlan) -> None:
         decodes = len(plan.decode.slots)
@@ -126,7 +148,32 @@ class EngineMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         live = [n for n in self.requests if n not in self.finished]
         if live:
-            self.core.abort(data.draw(st.sampled_from(live)))
+            number = data.draw(st.sampled_from(live))
+            is_here = self.requests[number].state in (RequestState.WAITING, RequestState.RUNNING)
+            assert self.core.abort(number) or not is_here
+
+    @rule(data=st.data(), forget=st.booleans())
+    def call_back(self, data: st.DataObject, forget: bool) -> None:
+        """A request that was handed back runs here again, or somewhere else."""
+        if not self.away:
+            return
+        request = self.away.pop(data.draw(st.sampled_from(sorted(self.away))))
+        if not forget:
+            self.core.add(request)
+            return
+        self.core.forget(request)
+        self.gone[request.request_id] = request
+        with pytest.raises(ValueError, match="it cannot be added"):
+            self.core.add(request)
+
+    @rule(seldom=st.integers(0, 4))
+    def drain_batch(self, seldom: int) -> None:
+        if seldom:
+            return
+        for request in self.core.give_back_batch():
+            assert request.slo.slo_class is SloClass.BATCH and not (request.blocks or request.host_blocks)
+            self.gone[request.request_id] = request
+        assert self.core.scheduler.num_requests[SloClass.BATCH] == 0
 
     @rule(
         running=st.integers(1, SLOTS), more=st.integers(0, 12), shrink=st.sampled_from(["drain", "preempt"])
@@ -154,8 +201,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.core.set_limits(SLOTS, BUDGET)
         bound = 50 + 4 * sum(len(r.prompt_ids) + r.max_tokens for r in self.requests.values())
         for _ in range(bound):
-            if not self.core.has_work:
+            if not (self.core.has_work or self.away):
                 break
+            while self.away:
+                self.core.add(self.away.popitem()[1])
             self.step()
         assert not self.core.has_work, "a request starves"
         load = self.core.load()
@@ -164,18 +213,25 @@ class EngineMachine(RuleBasedStateMachine):
         assert (scheduler._promised_blocks, scheduler.num_running_batch, scheduler.queued_tokens) == (0, 0, 0)
         assert scheduler.num_requests == [0, 0]
         assert scheduler._decodes.is_idle() and len(scheduler._free_slots) == SLOTS
-        assert sorted(self.finished) == sorted(self.requests)
+        assert sorted([*self.finished, *self.gone]) == sorted(self.requests)
         for number, request in self.finished.items():
             self.check_output(number, request)
+        for number, request in self.gone.items():
+            self.check_streamed(number, request)
         self.blocks_are_accounted_for()
 
-    def check_output(self, number: int, request: Request) -> None:
+    def check_streamed(self, number: int, request: Request) -> list[int]:
+        """What it yielded is what it has, and a beginning of the right output, which is returned."""
         expected = reference_output(list(request.prompt_ids), request.max_tokens, request.stop_ids, VOCAB)
         output = self.streamed.get(number, [])
-        assert output == list(request.output_ids)
+        assert output == list(request.output_ids) == expected[: len(output)]
+        return expected
+
+    def check_output(self, number: int, request: Request) -> None:
+        expected = self.check_streamed(number, request)
         if request.finish_reason is FinishReason.ABORT:
-            assert output == expected[: len(output)]
             return
+        output = list(request.output_ids)
         assert output == expected
         stopped = output[-1] in request.stop_ids
         assert request.finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
