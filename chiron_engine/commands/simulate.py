@@ -84,7 +84,6 @@ def _run(
 ) -> tuple[list[PolicyRun], list[str]]:
     """The runs, and lines on what was run."""
     from chiron_engine.sim.feasibility import batch_1_step_s, check_feasible
-    from chiron_engine.sim.policies import make_policy
     from chiron_engine.sim.profiles import load_profile
 
     from . import simulation
@@ -92,10 +91,9 @@ def _run(
     with _input_errors():
         if not (workload["interactive"] or workload["batch"]):
             raise ValueError("give a trace: --interactive TRACE, --batch TRACE or both (--list names some)")
-        policies = [make_policy(name, fleet["local_autoscaler"]) for name in policy_names]
         profile = load_profile(profile_name)
         settings = world_settings(fleet, world)
-        simulation.check_policies(policies, profile, settings)
+        simulation.check_policies(policy_names, fleet["local_autoscaler"], profile, settings)
         slos = class_slos(slo, batch_1_step_s(profile))
         seed = workload["seed"]
         asked = simulation.load_workload(
@@ -107,9 +105,10 @@ def _run(
     runs = simulation.run_policies(
         scaled,
         profile_name,
-        policies,
+        policy_names,
         settings,
         seed,
+        local_autoscaler=fleet["local_autoscaler"],
         bound=bound,
         load=workload["load"],
         batch_load=workload["batch_load"],
@@ -142,15 +141,16 @@ def _check_outputs(json_file: str | None, plot: Path | None) -> None:
 
 def _list_names(json_file: str | None) -> None:
     from chiron_engine.policy.iteration.local_autoscaler import LOCAL_AUTOSCALERS
-    from chiron_engine.sim.policies import POLICIES
     from chiron_engine.sim.profiles import profile_names
     from chiron_engine.sim.traces.generate import KINDS
     from chiron_engine.sim.traces.packaged import trace_names
 
+    from .simulation import POLICY_NAMES
+
     names = {
         "profiles": profile_names(),
         "traces": [*trace_names(), *(f"{kind}:..." for kind in KINDS)],
-        "policies": list(POLICIES),
+        "policies": list(POLICY_NAMES),
         "local_autoscalers": sorted(LOCAL_AUTOSCALERS),
     }
     if json_file is not None:

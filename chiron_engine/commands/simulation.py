@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 import numpy as np
 
 from chiron_engine.policy.iteration.request import SloClass
+from chiron_engine.sim.bound import Bound, lower_bound
+from chiron_engine.sim.clairvoyant import clairvoyant_policy, clairvoyant_schedule
 from chiron_engine.sim.load_scaling import mean_demand, scale_to_load
-from chiron_engine.sim.policies import SimPolicy
+from chiron_engine.sim.policies import POLICIES, make_policy
 from chiron_engine.sim.profile import Profile
 from chiron_engine.sim.profiles import load_profile
 from chiron_engine.sim.run_result import RunResult
+from chiron_engine.sim.sim_policy import SimPolicy
 from chiron_engine.sim.summary import summary
 from chiron_engine.sim.traces.columns import take_rows
 from chiron_engine.sim.traces.load import DEFAULT_SPAN_S, load_trace
@@ -25,6 +28,10 @@ from chiron_engine.sim.world import World
 from chiron_engine.sim.world_settings import WorldSettings
 
 from .console import SimulationProgress
+from .durations import parse_positive
+
+CLAIRVOYANT = "clairvoyant"
+POLICY_NAMES = (*POLICIES, f"{CLAIRVOYANT}[:HEADROOM]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,68 +116,114 @@ def demands(workload: Workload, profile: Profile) -> dict[str, float | None]:
     }
 
 
-def check_policies(policies: Sequence[SimPolicy], profile: Profile, settings: WorldSettings) -> None:
-    """Raises ValueError for a fixed fleet that is empty or that the GPUs do not hold."""
+def check_policies(
+    names: Sequence[str], local_autoscaler: str | None, profile: Profile, settings: WorldSettings
+) -> None:
+    """Raises ValueError for a name that does not exist, and says which do; also for a fixed fleet
+    that is empty or that the GPUs do not hold."""
+    if local_autoscaler is not None:
+        make_policy("chiron", local_autoscaler)
+    fixed = {name: _fixed_instances(name) for name in names}
+    fixed["initial_instances"] = settings.initial_instances
     most = settings.max_gpus // profile.gpus
-    for name, count in (
-        *((policy.name, policy.static_instances) for policy in policies),
-        ("initial_instances", settings.initial_instances),
-    ):
+    for name, count in fixed.items():
         if count is not None and count > most:
             raise ValueError(
                 f"{name}: {count} instances are more than {settings.max_gpus} GPUs hold; at most {most} fit"
             )
-    for policy in policies:
-        if policy.static_instances == 0:
-            raise ValueError(f"{policy.name}: a fleet of no instance serves nothing; give at least 1")
+        if count == 0 and name != "initial_instances":
+            raise ValueError(f"{name}: a fleet of no instance serves nothing; give at least 1")
+
+
+def _fixed_instances(name: str) -> int | None:
+    """N of a fleet that never changes. Raises ValueError for a name that does not exist."""
+    if _headroom(name) is not None:
+        return None
+    try:
+        return make_policy(name).static_instances
+    except ValueError as error:
+        raise ValueError(f"there is no policy {name!r}; there are {', '.join(POLICY_NAMES)}") from error
+
+
+def _headroom(name: str) -> float | None:
+    """Of a clairvoyant schedule, over the counts it is rounded from; None for other policies."""
+    kind, colon, number = name.partition(":")
+    if kind != CLAIRVOYANT:
+        return None
+    headroom = parse_positive(number) if colon else 1.0
+    if headroom < 1:
+        raise ValueError(f"{name}: the headroom is {headroom:g}; it must be at least 1")
+    return headroom
 
 
 def run_policies(
     workload: Workload,
     profile_name: str,
-    policies: Sequence[SimPolicy],
+    names: Sequence[str],
     settings: WorldSettings,
     seed: int,
     *,
+    local_autoscaler: str | None = None,
     bound: bool = True,
     **more: Any,
 ) -> list[PolicyRun]:
-    """One run after another on the same workload. `more` goes into each summary."""
-    bound_gpu_hours = _bound(workload, profile_name, settings) if bound else None
-    demand = demands(workload, load_profile(profile_name))
+    """One run after another on the same workload, by names that `check_policies` lets pass. `more`
+    goes into each summary."""
+    profile = load_profile(profile_name)
+    schedules = any(_headroom(name) is not None for name in names)
+    least = lower_bound(workload, profile, settings.load_time_s) if bound or schedules else None
+    record = {
+        "seed": seed,
+        "slo": slo_record(workload),
+        "mean_demand": demands(workload, profile),
+        "max_gpus": settings.max_gpus,
+        "load_time_s": settings.load_time_s,
+        **more,
+    }
     runs = []
-    for policy in policies:
-        # Each run counts the steps beyond its profile's tables by itself.
-        world = World(workload, load_profile(profile_name), policy, settings, seed)
-        until_s = max(stream.trace.span_s for stream in workload.streams)
-        progress = SimulationProgress(policy.name, until_s)
-        start = time.perf_counter()
-        try:
-            result = world.run(progress)
-        finally:
-            progress.done()
+    for name in names:
+        policy, own_settings = _policy(name, local_autoscaler, least, profile, settings)
+        result, wall_s = _run(workload, profile_name, policy, own_settings, seed)
         figures = summary(
             result,
-            bound_gpu_hours,
-            policy=policy.name,
+            least.gpu_hours if least else None,
+            policy=name,
             profile=profile_name,
-            wall_s=time.perf_counter() - start,
+            wall_s=wall_s,
             local_autoscaler=policy.local_autoscaler,
-            seed=seed,
-            slo=slo_record(workload),
-            mean_demand=demand,
-            max_gpus=settings.max_gpus,
-            load_time_s=settings.load_time_s,
-            **more,
+            **record,
         )
         runs.append(PolicyRun(figures, result))
     return runs
 
 
-def _bound(workload: Workload, profile_name: str, settings: WorldSettings) -> float:
-    from chiron_engine.sim.bound import lower_bound
+def _policy(
+    name: str, local_autoscaler: str | None, least: Bound | None, profile: Profile, settings: WorldSettings
+) -> tuple[SimPolicy, WorldSettings]:
+    """The policy, and the settings it starts with: a clairvoyant one knows how many it begins with."""
+    headroom = _headroom(name)
+    if headroom is None or least is None:
+        return make_policy(name, local_autoscaler), settings
+    schedule = clairvoyant_schedule(least, settings.load_time_s, headroom)
+    initial = settings.initial_instances
+    if initial is None:
+        initial = min(schedule.initial, settings.max_gpus // profile.gpus)
+    policy = clairvoyant_policy(schedule, local_autoscaler or "adaptive")
+    return policy, replace(settings, initial_instances=initial)
 
-    return lower_bound(workload, load_profile(profile_name), settings.load_time_s).gpu_hours
+
+def _run(
+    workload: Workload, profile_name: str, policy: SimPolicy, settings: WorldSettings, seed: int
+) -> tuple[RunResult, float]:
+    """The result and the seconds it took. Each run has a profile of its own, which counts the steps
+    beyond its tables."""
+    world = World(workload, load_profile(profile_name), policy, settings, seed)
+    progress = SimulationProgress(policy.name, max(stream.trace.span_s for stream in workload.streams))
+    start = time.perf_counter()
+    try:
+        return world.run(progress), time.perf_counter() - start
+    finally:
+        progress.done()
 
 
 def slo_record(workload: Workload) -> dict[str, dict[str, float]]:

@@ -94,6 +94,8 @@ BAD_OPTIONS = [
     (["--interactive", "/no/such/file.csv"], "/no/such/file.csv"),
     (["--interactive", SMALL, "--profile", "h100/gpt"], "h100/llama-3.1-8b/tp1/bf16"),
     (["--interactive", SMALL, "--policy", "magic"], "there are chiron, paper, paper-literal, static:N"),
+    (["--interactive", SMALL, "--policy", "clairvoyant:0.5"], "at least 1"),
+    (["--interactive", SMALL, "--policy", "clairvoyant:x"], "'x' is not a number over 0"),
     (["--interactive", SMALL, "--policy", "chiron,"], "there is no policy ''"),
     (["--interactive", SMALL, "--policy", "static:0"], "at least 1"),
     (["--interactive", SMALL, "--policy", "static:9", "--max-gpus", "8"], "at most 8 fit"),
@@ -170,6 +172,24 @@ def test_one_policy_is_one_object_with_the_keys_promised(simulate: Any) -> None:
     assert 0 < figures["lower_bound_gpu_hours"] <= figures["gpu_hours"]
     assert figures["slo"]["interactive"] == {"ttft_s": 10.0, "itl_s": 0.2}
     assert "GPU" in outcome.err  # the table
+
+
+def test_the_clairvoyant_schedule_is_a_policy(simulate: Any) -> None:
+    arguments = [
+        "--interactive",
+        SMALL,
+        "--batch",
+        BATCH,
+        "--policy",
+        "clairvoyant,clairvoyant:3",
+        "--no-bound",
+    ]
+    outcome = simulate(*arguments, "--json", "-")
+    assert outcome.code == 0, outcome.err
+    runs = json.loads(outcome.out)
+    assert [run["policy"] for run in runs] == ["clairvoyant", "clairvoyant:3"]
+    assert [run["requests"] for run in runs] == [runs[0]["requests"]] * 2
+    assert all(run["lower_bound_gpu_hours"] <= run["gpu_hours"] for run in runs)
 
 
 def test_several_policies_are_a_list_and_a_table_with_a_row_each(simulate: Any, tmp_path: Path) -> None:
