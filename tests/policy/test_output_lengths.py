@@ -1,28 +1,6 @@
 from __future__ import annotations
 
-import hypothesis.strategies as st
-from hypothesis import given
-
-from chiron_engine.policy.iteration.output_lengths import WINDOW, OutputLengths, peak_tokens
-
-
-def simulated_peak(requests: list[tuple[int, int]]) -> int:
-    """Let every request grow by a token a step and leave at its end; the most held at once."""
-    live = [list(r) for r in requests]
-    peak = sum(now for now, _ in live)
-    while live:
-        live = [[now + 1, left - 1] for now, left in live if left > 0]
-        peak = max(peak, sum(now for now, _ in live))
-    return peak
-
-
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 30)), max_size=12))
-def test_the_closed_form_equals_stepping_to_the_end(requests: list[tuple[int, int]]) -> None:
-    assert peak_tokens(requests, block_size=1) == simulated_peak(requests)
-
-
-def test_every_request_may_waste_part_of_a_block() -> None:
-    assert peak_tokens([(10, 5), (10, 5)], block_size=16) == 2 * (15 + 15)
+from chiron_engine.policy.iteration.output_lengths import WINDOW, OutputLengths
 
 
 def test_without_history_an_output_may_grow_by_as_much_again() -> None:

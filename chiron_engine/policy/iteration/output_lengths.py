@@ -1,10 +1,9 @@
-"""How long outputs get, learned from those that finished, and the peak KV that follows from it."""
+"""How long outputs get, learned from those that finished."""
 
 from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Iterable
 
 WINDOW = 512
 MIN_SAMPLES = 16
@@ -37,17 +36,3 @@ class OutputLengths:
         if longer < MIN_SAMPLES:
             return min(most, max(PRIOR_TOKENS, produced))
         return min(most, self._sorted[first + 3 * longer // 4] - produced)
-
-
-def peak_tokens(running: Iterable[tuple[int, int]], block_size: int) -> int:
-    """Largest KV, in tokens, that requests of (tokens now, tokens to come) reach together.
-
-    Requests leave in the order of what they have left. When the one with remaining r_i is about
-    to leave, it and the i longer ones have each grown by r_i: sum of their tokens now + (i + 1) r_i.
-    Every request may waste part of its last block.
-    """
-    peak = total = 0
-    for count, (remaining, now) in enumerate(sorted(((r, n) for n, r in running), reverse=True), 1):
-        total += now + block_size - 1
-        peak = max(peak, total + count * remaining)
-    return peak

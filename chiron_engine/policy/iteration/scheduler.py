@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .blocks import OutOfBlocks
 from .decodes import Decodes
+from .kv_forecast import KvForecast
 from .kv_tiers import KvTiers, Placement
 from .limits import Limits
-from .output_lengths import OutputLengths, peak_tokens
+from .output_lengths import OutputLengths
 from .plan import Chunk, Grown, Joined, StepOutput, StepPlan, StepResult
 from .request import FinishReason, Request, RequestState, SloClass
 from .waiting_queue import WaitingQueue, priority
@@ -56,6 +57,7 @@ class Scheduler:
         self.prefix_query_tokens = 0
         self._watermark = int(tiers.device.num_blocks * WATERMARK)
         self._decodes = Decodes(tiers.block_size)
+        self._forecast = KvForecast(tiers.block_size)
         # By class: requests whose known tokens are not all computed, in order of joining, and how
         # many tokens those are in all.
         self._prefilling: list[dict[Request, None]] = [{} for _ in SloClass]
@@ -238,17 +240,12 @@ class Scheduler:
         capacity = self.tiers.device.num_blocks
         if self._promised_blocks + request.promised_blocks <= capacity:
             return True
-        return self._predicted_peak(request) <= capacity * self.tiers.block_size
+        tokens = capacity * self.tiers.block_size
+        return self._forecast.fits(request, self.running, self.step, tokens, self._tokens_to_come)
 
     def _tokens_to_come(self, request: Request) -> int:
         produced = request.outputs_at(self.step)
         return self.output_lengths.remaining(produced, request.max_tokens - produced)
-
-    def _predicted_peak(self, newcomer: Request) -> int:
-        together = [*self.running, newcomer]
-        return peak_tokens(
-            ((r.tokens_at(self.step), self._tokens_to_come(r)) for r in together), self.tiers.block_size
-        )
 
     def _join(self, request: Request, placement: Placement, known: int, plan: StepPlan, now: float) -> None:
         slo_class = request.slo.slo_class
@@ -265,6 +262,7 @@ class Scheduler:
         request.slot = self._free_slots.pop()
         request.state = RequestState.RUNNING
         self.running[request] = None
+        self._forecast.join(request, self.step, self._tokens_to_come)
         self._prefilling[slo_class][request] = None
         self._prefill_left[slo_class] += known - computed
         tokens = [*request.prompt_ids, *request.output_ids] if request.output_ids else request.prompt_ids
@@ -415,6 +413,7 @@ class Scheduler:
             del self._prefilling[slo_class][request]
             self._prefill_left[slo_class] -= request.tokens_at(self.step) - request.num_computed
         del self.running[request]
+        self._forecast.leave(request)
         self._promised_blocks -= request.promised_blocks
         self.num_running_batch -= slo_class is SloClass.BATCH
         self._left.append(request.slot)
