@@ -110,7 +110,9 @@ class StepGrid:
         yield 0, 0
         longest = min(self._sizes.longest, self._profile.max_model_len)
         for total in _round_numbers(self._profile.max_step_tokens, finer=0):
-            ends = {min(total, longest), longest} | {2**power for power in range(4, 17) if 2**power < longest}
+            ends = {min(total, longest), longest} | {
+                2**power for power in range(4, 17, 2) if 2**power < longest
+            }
             yield from ((total, end) for end in sorted(ends) if total)
 
 

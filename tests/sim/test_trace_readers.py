@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from chiron_engine.policy.iteration.request import SloClass
 from chiron_engine.sim.traces.checks import TraceError
 from chiron_engine.sim.traces.load import load_trace
 from chiron_engine.sim.traces.packaged import FOLDER, read_packaged, trace_names
@@ -28,6 +29,18 @@ def test_our_csv(tmp_path: Path, name: str) -> None:
     assert (trace.name, list(trace.arrival_s)) == ("t", [0.25, 1.5])
     assert (list(trace.prompt_tokens), list(trace.output_tokens)) == ([7, 8], [5, 6])
     assert trace.prefix_blocks is None
+
+
+def test_one_file_can_hold_both_classes(tmp_path: Path) -> None:
+    header = "arrival_s,prompt_tokens,output_tokens,slo_class\n"
+    path = written(tmp_path / "t.csv", header + "0,1,9,batch\n1,2,9,interactive\n2,3,9,batch\n")
+    assert list(load_trace(path, slo_class=SloClass.BATCH).prompt_tokens) == [1, 3]
+    assert list(load_trace(path, slo_class=SloClass.INTERACTIVE).arrival_s) == [1.0]
+    assert len(load_trace(path)) == 3
+    with pytest.raises(TraceError, match="none of 1 rows has slo_class interactive"):
+        load_trace(written(tmp_path / "b.csv", header + "0,1,9,batch\n"), slo_class=SloClass.INTERACTIVE)
+    with pytest.raises(TraceError, match=r"1 of 2 rows has an unknown SLO class \(line 3: bulk\)"):
+        load_trace(written(tmp_path / "u.csv", header + "0,1,9,batch\n0,1,9,bulk\n"))
 
 
 def test_azure_csv_counts_from_its_first_row(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
+from chiron_engine.policy.iteration.request import SloClass
 
 from .checks import Places, TraceError, check_rows, length_problems, refuse
 from .columns import Floats, Ints, make_trace
@@ -15,23 +18,46 @@ from .trace import Trace
 
 OUR_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+CLASS_COLUMN = "slo_class"
 LENGTH_COLUMNS = ("prompt_tokens", "output_tokens")
 BLOCK_COLUMNS = ("row", "block_hash_ids")
 
 
-def read_csv_trace(path: Path, name: str | None = None) -> Trace:
+def read_csv_trace(path: Path, name: str | None = None, slo_class: SloClass | None = None) -> Trace:
     """A trace with the columns arrival_s, prompt_tokens, output_tokens, or as Azure publishes them:
-    TIMESTAMP, ContextTokens, GeneratedTokens (times then count from the first row). Others are not
-    read. Raises TraceError."""
-    if "TIMESTAMP" in read_header(path):
+    TIMESTAMP, ContextTokens, GeneratedTokens (times then count from the first row). Where our format
+    has a column slo_class, too (`interactive` or `batch`), the rows of `slo_class` are taken, if it is
+    given. Others are not read. Raises TraceError."""
+    header = read_header(path)
+    if "TIMESTAMP" in header:
         table = read_table(path, AZURE_COLUMNS)
         arrivals = _seconds_since_first(table)
         prompts, outputs = table.numbers("ContextTokens"), table.numbers("GeneratedTokens")
     else:
-        table = _read_ours(path)
+        table = _read_ours(path, CLASS_COLUMN in header)
         arrivals, prompts, outputs = (table.numbers(column) for column in OUR_COLUMNS)
     check_rows(table.places, arrivals, prompts, outputs)
-    return make_trace(name or path.name.split(".")[0], arrivals, prompts, outputs)
+    rows = _rows_of_class(table, slo_class)
+    return make_trace(name or path.name.split(".")[0], arrivals[rows], prompts[rows], outputs[rows])
+
+
+def _rows_of_class(table: TextTable, slo_class: SloClass | None) -> NDArray[np.bool_]:
+    """All, where the table names no class."""
+    if CLASS_COLUMN not in table.columns:
+        return np.ones(len(table.lines), dtype=bool)
+    names = {known.name.lower(): known for known in SloClass}
+    classes = [names.get(cell.strip()) for cell in table.columns[CLASS_COLUMN]]
+    unknown = np.array([found is None for found in classes])
+    if unknown.any():
+        right = f"there are {', '.join(names)}"
+        what = table.places.tell(unknown, "an unknown SLO class", right, table.columns[CLASS_COLUMN])
+        raise TraceError(f"{table.source}: {what}")
+    chosen = np.array([slo_class is None or found is slo_class for found in classes])
+    if slo_class is not None and not chosen.any():
+        raise TraceError(
+            f"{table.source}: none of {len(chosen):,} rows has slo_class {slo_class.name.lower()}"
+        )
+    return chosen
 
 
 def has_lengths_only(path: Path) -> bool:
@@ -85,9 +111,9 @@ def attach_blocks(trace: Trace, blocks: list[list[int]], block_tokens: int, plac
     )
 
 
-def _read_ours(path: Path) -> TextTable:
+def _read_ours(path: Path, with_class: bool) -> TextTable:
     try:
-        return read_table(path, OUR_COLUMNS)
+        return read_table(path, (*OUR_COLUMNS, CLASS_COLUMN) if with_class else OUR_COLUMNS)
     except TraceError as error:
         if "no column" not in str(error):
             raise

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from chiron_engine.policy.iteration.request import SloClass
+
 from .checks import TraceError
 from .columns import make_trace
 from .csv_trace import has_lengths_only, read_csv_lengths, read_csv_trace
@@ -17,13 +19,18 @@ from .trace import Trace
 DEFAULT_SPAN_S = 3600.0
 
 
-def load_trace(spec: str, seed: int = 0, span_s: float = DEFAULT_SPAN_S) -> Trace:
+def load_trace(
+    spec: str, seed: int = 0, span_s: float = DEFAULT_SPAN_S, slo_class: SloClass | None = None
+) -> Trace:
     """A packaged trace (`trace_names`), the path of a CSV (ours or Azure's, plain or .gz) or JSON-lines
     file (Mooncake's), or a generator's spec (`generate_trace`).
 
     Arrivals recorded in coarse ticks are spread within them, by the seed. Lengths without arrivals
     become a trace of every row once, in order, arriving evenly at random over `span_s` seconds: a
-    Poisson process given its number. Raises TraceError that says what is wrong and what would be right.
+    Poisson process given its number. Of a CSV file with a column slo_class the rows of `slo_class` are
+    taken, if it is given, so that one file can hold both.
+
+    Raises TraceError that says what is wrong and what would be right.
     """
     if is_generated(spec):
         return generate_trace(spec, seed)
@@ -37,7 +44,7 @@ def load_trace(spec: str, seed: int = 0, span_s: float = DEFAULT_SPAN_S) -> Trac
     if path.name.endswith((".csv", ".csv.gz")):
         if has_lengths_only(path):
             return _lay_out(path.name.split(".")[0], path, seed, span_s)
-        return spread_ticks(read_csv_trace(path), seed)
+        return spread_ticks(read_csv_trace(path, slo_class=slo_class), seed)
     raise TraceError(
         f"unknown trace {spec!r}; there are {', '.join(trace_names())}, files ending in .csv, .csv.gz or"
         f" .jsonl, and generators {', '.join(f'{kind}:...' for kind in KINDS)}"
