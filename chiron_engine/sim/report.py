@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 Summary = Mapping[str, Any]
 ABSENT = "-"
-WIDTH = 132
+WIDTH = 200
 
 
 def _number(value: float | None, form: str) -> str:
