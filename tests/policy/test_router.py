@@ -53,6 +53,13 @@ def test_own_type_before_mixed_however_full() -> None:
     assert chosen is not None and chosen.instance_id == 1
 
 
+def test_a_burst_of_prompts_spills_over_before_their_ttft_is_gone() -> None:
+    driver = FleetDriver(config=FleetConfig(max_gpus=12)).start(12)
+    for number in range(100):
+        driver.arrive(interactive(number, 0.0, prompt=8000, ttft_s=2.0))
+    assert len(set(driver.on.values())) == 12
+
+
 @pytest.mark.parametrize("count", [10, 1000])
 def test_a_pick_touches_no_more_instances_in_a_larger_fleet(count: int) -> None:
     index = LoadIndex()

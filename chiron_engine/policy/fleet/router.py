@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 
 from .capacity import CapacityModel
@@ -23,9 +24,9 @@ SERVING = (Role.INTERACTIVE, Role.MIXED)
 class Router:
     """An index of open instances by role, ITL target and load, and the choice over it.
 
-    Interactive: the fullest interactive instance with u + du <= 1, then the fullest mixed one,
-    which evicts batch for it. Both only where the instance's ITL target is at most the request's,
-    the loosest such target first.
+    Interactive: the fullest interactive instance with u + du <= 1 and time for its prompt, then the
+    fullest such mixed one, which evicts batch for it. Both only where the instance's ITL target is
+    at most the request's, the loosest such target first.
     """
 
     def __init__(self, config: FleetConfig, model: CapacityModel) -> None:
@@ -60,8 +61,7 @@ class Router:
             if preferred is not None and self._suits(preferred, tracked, target, share, now):
                 return preferred
             for role in SERVING:
-                index = self._indices[target, role]
-                for instance in islice(index.fullest_first(1.0 - share), CANDIDATES):
+                for instance in self._with_room(self._indices[target, role], 1.0 - share):
                     if self._is_in_time(instance, request, now):
                         return instance
         return None
@@ -102,6 +102,13 @@ class Router:
         added = instance.interactive_added_s + instance.batch_added_s + added_s
         room = instance.room_s if instance.interactive else self._model.room_s(self._model.batch_itl_s)
         return added <= room
+
+    def _with_room(self, index: LoadIndex, most_load: float) -> Iterator[Instance]:
+        """The fullest few, and where those have too many prompts to compute, the emptiest."""
+        yield from islice(index.fullest_first(most_load), CANDIDATES)
+        last = index.emptiest()
+        if last is not None and last.load <= most_load:
+            yield last
 
     def _suits(self, instance: Instance, tracked: Tracked, target: float, share: float, now: float) -> bool:
         """Prefix affinity breaks the tie between instances that have room; it opens no new one."""
