@@ -3,16 +3,19 @@
 A step may take A = (1 - m) S trim / rho99 by the model: S is the ITL target in force, rho99 the
 measured 99th percentile of time over model, m a margin that shrinks as samples arrive. `trim` closes
 the loop: rho99 pools the errors of all steps, and those of the steps that fill A may be smaller or
-larger, so it follows the share of tokens that were late in fact, never to where A > (1 - m) S. Two things are drawn
-from this allowance. `max_running` is the largest n that, at the KV length requests have and are
-growing to, leaves room for the prompt tokens that TTFT slack asks for. The token budget is what fills
-the step to A with the n decoding now, so that a step is never longer than it may be and, while
+larger, so it follows the share of tokens that were late in fact, never to where A > (1 - m) S.
+
+Two things are drawn from A. `max_running` is the largest n that, at the KV length requests have and
+are growing to, leaves room for the prompt tokens that TTFT slack asks for. The token budget is what
+fills the step to A with the n decoding now, so that a step is never longer than it may be and, while
 prompts wait, never shorter. What the KV cache holds is the scheduler's to predict, request by request.
 """
 
 from __future__ import annotations
 
 from .autoscaler_inputs import EngineCapacity, ItlTargets
+from .budget_ceiling import BudgetCeiling
+from .budget_probe import BudgetProbe
 from .limits import Limits, Shrink
 from .step_costs import StepCosts
 from .step_model import StepModel
@@ -34,6 +37,8 @@ LATE_SHARE = 0.006
 """Share of tokens beyond the target that trim settles at: the SLO allows 1 %."""
 TRIM_GAIN = 0.08
 """Change of trim in a window for a share of late tokens of 1."""
+MOST_TRIMMED = 0.02
+"""Largest fall of trim in a window: late steps come in bursts, one after another."""
 LEAST_TRIM = 0.8
 BUSY = 0.8
 """Share of A that steps take on average where A is what holds them back."""
@@ -79,6 +84,9 @@ class AdaptiveAutoscaler:
         self._mean_s = 0.0
         self._throughput = 0.0
         self.throughput_backpressure = 0.0
+        self._probe = BudgetProbe(capacity)
+        self._ceiling = BudgetCeiling()
+        self._allowance_s = 0.0
         self.limits = self._first_limits()
         self._bound_growth()
 
@@ -101,41 +109,79 @@ class AdaptiveAutoscaler:
             return None
         n, prompt = stats.decode_requests, stats.prefill_tokens
         self._n, self._kv_tokens = n, stats.kv_tokens
-        model = self._model
-        expected = model.seconds(n, stats.kv_tokens, prompt, stats.prefill_context)
-        if not (stats.swap_in_blocks or stats.swap_out_blocks):
-            if n and model.steps >= self._warm_up:
-                self._tail.observe(seconds / expected)
-            model.observe(stats, seconds)
+        expected = self._model.seconds(n, stats.kv_tokens, prompt, stats.prefill_context)
+        self._learn(stats, seconds, expected)
         self._window_seconds += seconds
         self._window_tokens += n
         if seconds > self._target_s:
             self._window_late += n
         self._steps_left -= 1
         self._interactive_requests = max(stats.interactive_requests, stats.itl_interactive)
-        is_interactive = self._interactive_requests > 0
-        if is_interactive != self._serves_interactive:
-            self._serves_interactive = is_interactive
-            return self._renew()
+        if (self._interactive_requests > 0) != self._serves_interactive:
+            return self._serve(not self._serves_interactive)
+        if self._probe.before is not None:
+            return self._end_probe(n + prompt, seconds, expected)
         if self._steps_left <= 0:
             self._end_window(stats, now)
             return self._renew()
-        if prompt:
-            budget = self.limits.token_budget - n
-            # A prompt that the budget cut off goes on further up its context.
-            self._chunk_end = stats.prefill_context / prompt + (prompt if prompt >= budget else 0)
-            if self._is_off(expected, budget, prompt):
-                return self._renew()
-        return None
+        return self._after_prompts(stats, seconds, expected) if prompt else None
 
     def on_interactive(self, now: float) -> Limits | None:
-        self._serves_interactive = True
         self._interactive_requests = max(self._interactive_requests, 1)
-        return self._renew()
+        return self._serve(interactive=True)
 
     def set_targets(self, targets: ItlTargets) -> Limits | None:
         self._targets = targets
+        return self._serve(self._serves_interactive)
+
+    def _serve(self, interactive: bool) -> Limits | None:
+        """Go on with the target of this class."""
+        self._serves_interactive = interactive
+        self._probe.before = None
+        self._update_allowance()
         return self._renew()
+
+    def _learn(self, stats: StepStats, seconds: float, expected: float) -> None:
+        if stats.swap_in_blocks or stats.swap_out_blocks:
+            return
+        model = self._model
+        if stats.decode_requests and expected > 0.0 and model.steps >= self._warm_up:
+            self._tail.observe(seconds / expected)
+        model.observe(stats, seconds)
+
+    def _after_prompts(self, stats: StepStats, seconds: float, expected: float) -> Limits | None:
+        """The step computed prompt tokens: was its budget right, and is it time to try more?"""
+        prompt = stats.prefill_tokens
+        budget = self.limits.token_budget - stats.decode_requests
+        is_full = prompt >= budget
+        # A prompt that the budget cut off goes on further up its context.
+        self._chunk_end = stats.prefill_context / prompt + (prompt if is_full else 0)
+        if self._is_off(expected, budget, prompt):
+            return self._renew()
+        if not is_full:
+            return None
+        if self._ceiling.is_hit(seconds > self._target_s):
+            self._ceiling.lower(self.limits.token_budget - self._capacity.block_size)
+            return self._renew()
+        if self._probe.is_due(self.limits, stats.queued_tokens):
+            self.limits = self._probe.begin(self.limits)
+            return self.limits
+        return None
+
+    def _end_probe(self, tokens: int, seconds: float, expected: float) -> Limits | None:
+        before = self._probe.before
+        assert before is not None
+        if not self._probe.is_over(tokens, seconds, expected, self._allowance_s):
+            return None
+        if self._probe.was_surprised:
+            self._model.doubt()
+        if self._probe.found_more:
+            # A window with the larger budget teaches the model what it costs.
+            self._ceiling.lift()
+            self._steps_left = WINDOW_STEPS
+            return None
+        self.limits = before
+        return before
 
     # The allowance of a step, and what it buys.
 
@@ -144,12 +190,11 @@ class AdaptiveAutoscaler:
         """S"""
         return self._targets.interactive_s if self._serves_interactive else self._targets.batch_s
 
-    @property
-    def _allowance_s(self) -> float:
+    def _update_allowance(self) -> None:
         """A = (1 - m) S trim / rho99"""
         known = min(1.0, self._tail.samples / TRUSTED)
         margin = LARGEST_MARGIN + (SMALLEST_MARGIN - LARGEST_MARGIN) * known
-        return (1.0 - margin) * self._target_s * min(1.0, self._trim / self._tail.rho99)
+        self._allowance_s = (1.0 - margin) * self._target_s * min(1.0, self._trim / self._tail.rho99)
 
     @property
     def _prompt_token_s(self) -> float:
@@ -171,7 +216,9 @@ class AdaptiveAutoscaler:
         throughput = self._window_tokens / self._window_seconds
         self.throughput_backpressure = self._throughput / throughput if throughput else 0.0
         self._throughput = throughput
+        self._ceiling.pass_steps(steps)
         self._update_trim()
+        self._update_allowance()
         self._steps_left = WINDOW_STEPS
         self._window_seconds, self._window_tokens, self._window_late = 0.0, 0, 0
         self._bound_growth()
@@ -189,7 +236,7 @@ class AdaptiveAutoscaler:
             return
         late = self._window_late / tokens
         if late or self._mean_s > BUSY * self._allowance_s:
-            trim = self._trim + TRIM_GAIN * (LATE_SHARE - late)
+            trim = self._trim + max(-MOST_TRIMMED, TRIM_GAIN * (LATE_SHARE - late))
             self._trim = max(LEAST_TRIM, min(trim, tail.rho99))
 
     def _bound_growth(self) -> None:
@@ -217,8 +264,8 @@ class AdaptiveAutoscaler:
         n = min(n, capacity.max_slots)
         self.limits = Limits(n, min(tokens, capacity.max_step_tokens))
         self._most_running, self._most_prompt = n, capacity.max_step_tokens
-        if self._model.is_ready:
-            self._renew()
+        self._update_allowance()
+        self._renew()
         return self.limits
 
     def _renew(self) -> Limits | None:
@@ -272,7 +319,8 @@ class AdaptiveAutoscaler:
         most = capacity.max_step_tokens - n
         prompt = most if each * most <= room else int(room / each) if each > 0.0 else 0
         in_force = old.token_budget - n
-        prompt = min(max(min(prompt, self._most_prompt), capacity.block_size), most)
+        prompt = min(prompt, self._most_prompt, self._ceiling.tokens - n)
+        prompt = min(max(prompt, capacity.block_size), most)
         if in_force < capacity.block_size:
             return n + prompt
         # Where prompt tokens seem to cost nothing, only trying more of them shows what they cost.

@@ -153,8 +153,8 @@ class PaperAutoscaler(LiteralPaperAutoscaler):
 
     TBP counts only in the interval after B was *raised* (by a whole request), only above 1 + noise, and
     only where B bound throughout: a fall in arrivals, or the halving itself, is no overload. B is
-    clipped at what the KV cache and the slots hold. Each ITL target keeps its own B, so that an interactive arrival among
-    batch work finds the B that fits it; batch then gives way at once.
+    clipped at what the KV cache and the slots hold. Each ITL target keeps its own B, so that an
+    interactive arrival among batch work finds the B that fits it; batch then gives way at once.
     """
 
     def __init__(

@@ -22,6 +22,9 @@ DECODE_STEPS = 16
 PROMPT_STEPS = 4
 """Steps summed into one observation: the model is linear, so sums obey it too."""
 
+DOUBT = 0.1
+"""Relative deviation of a coefficient after something showed the fit to be wrong."""
+
 SIZE = 5
 MIN_STEPS = 8
 
@@ -30,9 +33,10 @@ class StepModel:
     """Fits seconds = coefficients . features, features (1, n, K, P, C) as in `StepCosts`.
 
     Residuals are relative (every observation is divided by its time), because noise is. The
-    coefficients are kept non-negative by conditioning on those that would fall below zero being zero. Information is forgotten only in the direction of what is being observed (Kulhavy's
-    directional forgetting): a direction that inputs never vary in keeps its covariance, which
-    therefore stays bounded, however long inputs stay the same.
+    coefficients are kept non-negative by conditioning on those that would fall below zero being zero.
+    Information is forgotten only in the direction of what is being observed (Kulhavy's directional
+    forgetting): a direction that inputs never vary in keeps its covariance, which therefore stays
+    bounded, however long inputs stay the same.
     """
 
     __slots__ = (
@@ -113,6 +117,13 @@ class StepModel:
         if sums[0] >= DECODE_STEPS or self.steps <= MIN_STEPS:
             self._update(sums[0], sums[1], sums[2], 0.0, 0.0, sums[3])
             self._decode_sums = [0.0] * 4
+
+    def doubt(self) -> None:
+        """Trust every coefficient less, so that what comes next counts more."""
+        for index, value in enumerate(self._coefficients):
+            row = self._covariance[index]
+            if row[index] < self._initial[index]:
+                row[index] += (DOUBT * value / NOISE) ** 2
 
     def _add_prompt_step(self, stats: StepStats, seconds: float) -> None:
         sums = self._prompt_sums
