@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from chiron_engine.core.clocks import VirtualClock
 from chiron_engine.core.engine_core import EngineCore
-from chiron_engine.core.executor import ExecutorShape
-from chiron_engine.core.latency_model import LatencyModelExecutor
 from chiron_engine.policy.fleet.messages import (
     FleetEvent,
     InstanceReported,
@@ -18,18 +15,11 @@ from chiron_engine.policy.fleet.messages import (
     RequestFinished,
     Role,
 )
-from chiron_engine.policy.iteration.kv_tiers import SwapCosts
-from chiron_engine.policy.iteration.local_autoscaler import (
-    EngineCapacity,
-    ItlTargets,
-    LocalAutoscaler,
-    make_local_autoscaler,
-)
-from chiron_engine.policy.iteration.plan import StepPlan
+from chiron_engine.policy.iteration.local_autoscaler import ItlTargets
 from chiron_engine.policy.iteration.request import GREEDY, Request, SloClass
 from chiron_engine.policy.iteration.step_stats import StepStats
 
-from .profile import Profile
+from .engine_setup import EngineSetup
 from .request_book import LiveRequest, RequestBook
 from .run_result import InstanceLife, ItlHistogram
 from .token_gaps import TokenGaps
@@ -39,55 +29,6 @@ LEAST_COASTING = 4
 ENVELOPE_MARGIN = 0.95
 UNBOUNDED = 1 << 60
 """Queue bounds of a simulated engine: the fleet, not the engine, decides what it is sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSetup:
-    """What the instances of one simulation have in common."""
-
-    profile: Profile
-    shape: ExecutorShape
-    local_autoscaler: str
-    interactive_itl_slo_s: float
-    batch_itl_s: float
-    step_noise: float
-    seed: int
-
-    @property
-    def capacity(self) -> EngineCapacity:
-        shape = self.shape
-        tokens = shape.num_device_blocks * shape.block_size
-        return EngineCapacity(shape.max_slots, shape.max_step_tokens, shape.block_size, tokens)
-
-    def autoscaler(self, itl_target_s: float) -> LocalAutoscaler:
-        targets = ItlTargets(itl_target_s, self.batch_itl_s)
-        return make_local_autoscaler(self.local_autoscaler, self.capacity, targets, self.profile.fit)
-
-
-class ObservedExecutor(LatencyModelExecutor):
-    """Tells who is preempted, which the output of a step does not say of those who stay."""
-
-    on_preempted: Callable[[list[Request]], None]
-
-    def submit(self, plan: StepPlan):  # type: ignore[no-untyped-def]
-        if plan.preempted:
-            self.on_preempted(plan.preempted)
-        return super().submit(plan)
-
-
-def engine_shape(
-    profile: Profile, block_size: int, host_kv_share: float, max_model_len: int | None = None
-) -> ExecutorShape:
-    blocks = profile.kv_capacity_tokens // block_size
-    return ExecutorShape(
-        block_size=block_size,
-        num_device_blocks=blocks,
-        num_host_blocks=int(blocks * host_kv_share),
-        max_slots=profile.max_slots,
-        max_step_tokens=profile.max_step_tokens,
-        max_model_len=min(max_model_len or profile.max_model_len, blocks * block_size),
-        vocab_size=1,
-    )
 
 
 class EngineInstance:
@@ -132,26 +73,15 @@ class EngineInstance:
 
     def start(self, now: float) -> None:
         """The model is loaded."""
-        setup, shape = self._setup, self._setup.shape
-        profile = setup.profile
-        block_copy_s = profile.copy_s_per_kv_token * shape.block_size
+        setup = self._setup
         self._clock = VirtualClock(now)
         self._autoscaler = setup.autoscaler(self.itl_target_s)
-        self._executor = executor = ObservedExecutor(
-            shape,
-            profile.step_times,
-            self._clock,
-            output_tokens=_true_length,
-            copy_s_per_block=block_copy_s,
-            noise=setup.step_noise,
-            seed=setup.seed * 1_000_003 + self.instance_id,
-        )
-        executor.on_preempted = self._on_preempted
-        recompute_s = profile.fit.per_prompt_token_s
+        self._executor = setup.executor(self._clock, self.instance_id)
+        self._executor.on_preempted = self._on_preempted
         self.core = EngineCore(
-            executor,
+            self._executor,
             clock=self._clock,
-            swap_costs=SwapCosts(block_copy_s, block_copy_s, recompute_s),
+            swap_costs=setup.swap_costs,
             max_queued_requests=UNBOUNDED,
             max_queued_tokens=UNBOUNDED,
             local_autoscaler=self._autoscaler,
@@ -163,6 +93,8 @@ class EngineInstance:
 
     def end(self, now: float) -> None:
         """Its process is gone, for whatever reason."""
+        if self.core is not None:
+            del self._executor  # it refers back to here
         self.core = None
         self.state = None
         self.life.exited_s = now
@@ -452,11 +384,6 @@ class EngineInstance:
 
 def _is_batch(request: Request) -> bool:
     return request.slo.slo_class is SloClass.BATCH
-
-
-def _true_length(request: Request) -> int:
-    live: LiveRequest = request.client  # type: ignore[assignment]
-    return live.left
 
 
 def _engine_request(live: LiveRequest) -> Request:

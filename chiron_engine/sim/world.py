@@ -34,7 +34,8 @@ from chiron_engine.policy.fleet.messages import (
     Tick,
 )
 
-from .engine_instance import EngineInstance, EngineSetup, engine_shape
+from .engine_instance import EngineInstance
+from .engine_setup import EngineSetup, engine_shape
 from .event_heap import EventHeap
 from .faults import FaultDice, LaunchFate
 from .initial_instances import initial_instances
