@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import merge
 
 from chiron_engine.policy.iteration.request import SloClass
@@ -81,3 +82,19 @@ def make_workload(
     offset = len(interactive) if interactive else 0
     second = Stream(SloClass.BATCH, batch, batch_slo, offset) if batch else None
     return Workload(first, second)
+
+
+def capped_outputs(workload: Workload, max_output_tokens: int) -> Workload:
+    """The workload as it is served where no request may have more output than that: what bounds and
+    demands have to count. Deadlines stay as they were."""
+    capped = [_capped(stream, max_output_tokens) for stream in workload.streams]
+    by_class = {stream.slo_class: stream for stream in capped}
+    return Workload(by_class.get(SloClass.INTERACTIVE), by_class.get(SloClass.BATCH))
+
+
+def _capped(stream: Stream, most: int) -> Stream:
+    outputs = array("i", (min(tokens, most) for tokens in stream.trace.output_tokens))
+    slo = stream.slo
+    if stream.slo_class is SloClass.BATCH:
+        slo = replace(slo, completion_s=stream.completion_s)
+    return replace(stream, trace=replace(stream.trace, output_tokens=outputs), slo=slo)

@@ -14,7 +14,7 @@ from chiron_engine.sim.traces.columns import make_trace
 from chiron_engine.sim.traces.dispersion import dispersion, index_of_dispersion
 from chiron_engine.sim.traces.load import load_trace
 from chiron_engine.sim.work import amounts_of, cached_prefixes, least_work, work_s
-from chiron_engine.sim.workload import BATCH_SLO, INTERACTIVE_SLO, Stream, make_workload
+from chiron_engine.sim.workload import BATCH_SLO, INTERACTIVE_SLO, Stream, capped_outputs, make_workload
 from tests.sim.linear_profile import linear_profile
 
 H100 = "h100/llama-3.1-8b/tp1/bf16"
@@ -118,3 +118,15 @@ def test_dispersion_is_1_for_poisson_and_more_for_bursts() -> None:
     bursty = index_of_dispersion(load_trace("gamma:rate=50,cv=4,duration=2000,lengths=1/1"), 10.0)
     assert bursty is not None and bursty > 8
     assert index_of_dispersion(make_trace("t", np.zeros(3), [1] * 3, [1] * 3), 1.0) is None
+
+
+def test_capped_outputs_take_less_work_by_the_same_deadline() -> None:
+    trace = load_trace("azure-conv")
+    workload = make_workload(trace, trace)
+    capped = capped_outputs(workload, 100)
+    assert capped.interactive is not None and capped.batch is not None and workload.batch is not None
+    assert max(capped.interactive.trace.output_tokens) == max(capped.batch.trace.output_tokens) == 100
+    assert capped.batch.completion_s == workload.batch.completion_s
+    assert capped.batch.first_id == workload.batch.first_id
+    profile = load_profile(H100)
+    assert least_work(capped, profile).total_s < least_work(workload, profile).total_s
