@@ -54,9 +54,13 @@ def load_workload(
 
     Raises ValueError that says what is wrong with a trace.
     """
-    first = _load(interactive, seed, duration_s or DEFAULT_SPAN_S, duration_s) if interactive else None
-    span_s = (first.span_s if first else 0.0) or duration_s or DEFAULT_SPAN_S
-    second = _load(batch, _seed_of("batch", seed), span_s, duration_s) if batch else None
+    first = second = None
+    span_s = duration_s or DEFAULT_SPAN_S
+    if interactive:
+        first = cut(load_trace(interactive, seed, span_s, SloClass.INTERACTIVE), duration_s)
+        span_s = first.span_s or span_s
+    if batch:
+        second = cut(load_trace(batch, _seed_of("batch", seed), span_s, SloClass.BATCH), duration_s)
     return make_workload(first, second, *slos)
 
 
@@ -65,13 +69,10 @@ def _seed_of(part: str, seed: int) -> int:
     return Random(f"{part} {seed}").getrandbits(32)
 
 
-def _load(spec: str, seed: int, span_s: float, duration_s: float | None) -> Trace:
-    trace = load_trace(spec, seed, span_s)
-    return trace if duration_s is None else cut(trace, duration_s)
-
-
-def cut(trace: Trace, duration_s: float) -> Trace:
-    """What arrives before `duration_s`. Raises ValueError if nothing does."""
+def cut(trace: Trace, duration_s: float | None) -> Trace:
+    """What arrives before `duration_s`; all of it for None. Raises ValueError if nothing does."""
+    if duration_s is None:
+        return trace
     arrivals = np.asarray(trace.arrival_s)
     rows = int(np.searchsorted(arrivals, duration_s))
     if not rows:

@@ -67,6 +67,7 @@ def draw_instances(axes: Axes, times: Times, samples: Samples) -> None:
         axes.step(times, both, where="post", color=TARGET, linewidth=0.8, linestyle=":")
         axes.lines[-1].set_label("target with batch")
     axes.set_ylabel("instances")
+    axes.locator_params(axis="y", integer=True)
 
 
 def draw_limits(axes: Axes, times: Times, samples: Samples) -> None:

@@ -69,6 +69,7 @@ BAD_TRACES = [
     ("when,prompt,output_tokens\n0,5,5\n", "no column arrival_s, prompt_tokens"),
     (rows("0,0,5", "1,0,5", "2,3,4"), "2 of 3 rows have a zero-length prompt"),
     (rows("0,ten,5"), "no number in prompt_tokens"),
+    ("arrival_s,prompt_tokens,output_tokens,slo_class\n0,5,5,gold\n", "an unknown SLO class (line 2: gold)"),
     (rows("0,10,5", "1,500000,5"), "1 of 2 requests of trace do not fit on an instance: the first, row 2"),
 ]
 
@@ -221,6 +222,14 @@ def test_a_request_that_cannot_attain_is_remarked_on(simulate: Any, tmp_path: Pa
     outcome = simulate("--interactive", str(trace), "--ttft-slo", "1", "--no-bound")
     assert outcome.code == 0
     assert "1 of 2 requests of trace cannot meet the TTFT SLO" in outcome.err
+
+
+def test_one_file_may_hold_both_classes(simulate: Any, tmp_path: Path) -> None:
+    trace = tmp_path / "both.csv"
+    header = "arrival_s,prompt_tokens,output_tokens,slo_class\n"
+    trace.write_text(header + "0,100,5,interactive\n1,100,5,batch\n2,100,5,interactive\n")
+    outcome = simulate("--interactive", str(trace), "--batch", str(trace), "--no-bound", "--json", "-")
+    assert json.loads(outcome.out)["requests_by_class"] == {"interactive": 2, "batch": 1}
 
 
 def test_the_listing(simulate: Any) -> None:
