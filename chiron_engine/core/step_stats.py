@@ -49,13 +49,17 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 class StepLog:
-    """Writes one JSON object a line for each step. Itself a step hook and a context manager."""
+    """Writes one JSON object a line for each step, `first_token_due` null where nothing is due.
+    Itself a step hook and a context manager."""
 
     def __init__(self, path: str | Path) -> None:
         self._file = open(path, "a", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115 - closed by close
 
     def __call__(self, stats: StepStats) -> None:
-        self._file.write(json.dumps(asdict(stats)) + "\n")
+        row = asdict(stats)
+        if math.isinf(stats.first_token_due):  # JSON has no infinity
+            row["first_token_due"] = None
+        self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         self._file.close()
