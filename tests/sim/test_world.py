@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 
 from chiron_engine.policy.fleet.messages import (
     Drain,
+    FleetRequest,
     InstanceExited,
     InstanceReported,
     RequestEvicted,
@@ -16,8 +18,10 @@ from chiron_engine.policy.fleet.messages import (
     Role,
     SetRole,
 )
-from chiron_engine.policy.iteration.request import SloClass
+from chiron_engine.policy.iteration.request import Request, SloClass
 from chiron_engine.sim.attainment import attainment
+from chiron_engine.sim.policies import make_policy
+from chiron_engine.sim.request_book import LiveRequest
 from chiron_engine.sim.run_result import Outcome, RunResult
 from chiron_engine.sim.watchdog import Stuck
 from chiron_engine.sim.workload import Workload, make_workload
@@ -218,3 +222,26 @@ def test_a_shared_prefix_is_found_again() -> None:
     reused = small_run(make_workload(shared, None), plain_policy())
     assert reused.requests.first_token_s[0] == pytest.approx(plain.requests.first_token_s[0])
     assert reused.requests.first_token_s[1] < plain.requests.first_token_s[1] - 0.005
+
+
+@pytest.mark.parametrize("policy", ["chiron", "paper"])
+def test_finished_requests_leave_no_objects(policy: str) -> None:
+    """With the cycle collector at rest, as it is in a run; some of the last ones are still around."""
+    workload = mixed_workload(8, 1200, 300, 400.0)
+    settings = small_settings(initial_instances=2)
+    gc.collect()
+    world = World(workload, small_profile(), make_policy(policy), settings, 0)
+    gc.disable()
+    try:
+        world.run()
+        kept = [type(o) for o in gc.get_objects() if isinstance(o, Request | LiveRequest | FleetRequest)]
+    finally:
+        gc.enable()
+    assert len(kept) < 300
+
+
+def test_the_cycle_collector_is_at_rest_during_a_run_only() -> None:
+    assert gc.isenabled()
+    with pytest.raises(Stuck):
+        small_run(interactive_only((0.0, 50, 5)), plain_policy(size=0), initial_instances=0)
+    assert gc.isenabled()
