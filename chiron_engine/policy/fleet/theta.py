@@ -11,18 +11,25 @@ MOST_RATIO = 4.0
 QUANTILE = 0.99
 LEARNED_LEADS = 20
 BIN = 0.01
+SETTLING_S = 120.0
 LEAST_DEMAND = 0.05
 
 
 class Theta:
     """1 / r, with r the spike ratio: the 99th percentile over history of the largest D within one
-    load lead after a moment, over the mean D of the 60 s before it. The ratios are kept as counts
-    in bins of 1 %, so a tick costs the same after a day."""
+    load lead after a moment, over the mean D of the 60 s before it.
+
+    A moment weighs as much as its demand, for SLOs are attained by requests, not by seconds: when
+    next to nothing runs, a few requests more are a large ratio, and headroom for that ratio at
+    full load would double the fleet. The ratios are kept as weights in bins of 1 %, so a tick
+    costs the same after a day. The first two minutes, whose 60 s mean is that of a fleet
+    starting up, are left out.
+    """
 
     def __init__(self, tick_s: float) -> None:
         self._tick_s = tick_s
-        self._counts = [0] * (round((MOST_RATIO - 1.0) / BIN) + 1)
-        self._total = 0
+        self._weights = [0.0] * (round((MOST_RATIO - 1.0) / BIN) + 1)
+        self._total = 0.0
         self._means: deque[float] = deque()
         self._peaks: deque[tuple[int, float]] = deque()
         self._ticks = 0
@@ -37,9 +44,11 @@ class Theta:
         lead_ticks = max(1, round(lead_s / self._tick_s))
         self._push_peak(busy, lead_ticks)
         self._ticks += 1
+        if self._ticks * self._tick_s <= SETTLING_S:
+            return
         self._means.append(mean)
         while len(self._means) > lead_ticks:
-            self._count(self._peaks[0][1], self._means.popleft())
+            self._weigh(self._peaks[0][1], self._means.popleft())
         if self._ticks >= LEARNED_LEADS * lead_ticks and self._total:
             self.ratio = min(max(self._quantile(), LEAST_RATIO), MOST_RATIO)
 
@@ -51,17 +60,17 @@ class Theta:
         while self._peaks[0][0] <= self._ticks - lead_ticks:
             self._peaks.popleft()
 
-    def _count(self, peak: float, mean: float) -> None:
+    def _weigh(self, peak: float, mean: float) -> None:
         if mean < LEAST_DEMAND:
             return
         place = int((peak / mean - 1.0) / BIN) + 1 if peak > mean else 0
-        self._counts[min(place, len(self._counts) - 1)] += 1
-        self._total += 1
+        self._weights[min(place, len(self._weights) - 1)] += mean
+        self._total += mean
 
     def _quantile(self) -> float:
         above = (1.0 - QUANTILE) * self._total
-        place = len(self._counts) - 1
-        while place > 0 and self._counts[place] <= above:
-            above -= self._counts[place]
+        place = len(self._weights) - 1
+        while place > 0 and self._weights[place] <= above:
+            above -= self._weights[place]
             place -= 1
         return 1.0 + place * BIN
