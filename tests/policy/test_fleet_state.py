@@ -146,6 +146,17 @@ def test_the_emptiest_is_retired() -> None:
     assert list(driver.ready) == [busy]
 
 
+def test_a_surplus_that_still_serves_becomes_batch_too() -> None:
+    driver, autoscaler = scripted(2, (0, 2, 0))
+    for number in range(3):
+        driver.arrive(interactive(number, 0.0))
+    (busy,) = set(driver.on.values())
+    driver.lose(1 - busy)
+    autoscaler.want = (0, 0, 1)
+    driver.run_ticks(3)
+    assert driver.ready == {busy: Role.BATCH} and driver.launches == [] and len(driver.on) == 3
+
+
 def test_failed_launches_back_off() -> None:
     driver, _ = scripted(0, (0, 1, 0))
     for _ in range(100):

@@ -162,3 +162,28 @@ def test_output_lengths_given_what_was_produced() -> None:
     assert outputs.mean == pytest.approx(550, rel=0.01)
     assert outputs.remaining(0) == outputs.mean
     assert outputs.remaining(200) == pytest.approx(800, rel=0.01)
+
+
+def test_a_long_queue_has_few_groups() -> None:
+    """Waiting times cost O(groups): an hour of arrivals due an hour later makes some dozens."""
+    queue = BatchQueue(46.0)
+    for number in range(36_000):
+        arrival = number / 10
+        slo = Slo(SloClass.BATCH, 3600.0, 2.0, arrival + 3600.0)
+        queue.join(Tracked(FleetRequest(number, slo, arrival, 100, 100)), arrival + 3600.0, arrival)
+    groups = list(queue.groups())
+    assert len(groups) < 50 and queue.num_queued == 36_000
+    assert [group.start for group in groups] == sorted(group.start for group in groups)
+
+
+def test_order_is_earliest_deadline_first_across_groups_and_fcfs_inside() -> None:
+    queue = BatchQueue(46.0)
+    deadlines = [4000.0, 900.0, 4001.0, 901.0, 100.0]
+    for number, deadline in enumerate(deadlines):
+        slo = Slo(SloClass.BATCH, 3600.0, 2.0, deadline)
+        queue.join(Tracked(FleetRequest(number, slo, 0.0, 100, 100)), deadline, 0.0)
+    order = []
+    while (tracked := queue.peek(0, 0.0)) is not None:
+        queue.take(tracked)
+        order.append(tracked.request.request_id)
+    assert order == [4, 1, 3, 0, 2]

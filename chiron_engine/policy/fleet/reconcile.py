@@ -65,10 +65,10 @@ class Reconciler:
     def _grow_pool(self, target_s: float, spare: list[Instance]) -> Iterator[Order]:
         """One more mixed instance, from wherever it costs least."""
         for source in (spare, self._closing, self._batch):
-            idle = [i for i in source if not (i.role is not Role.BATCH and i.interactive)]
-            if not idle:
+            free = [i for i in source if not i.interactive or i.target_s == target_s]
+            if not free:
                 continue
-            instance = max(idle, key=_by_readiness)
+            instance = max(free, key=_by_readiness)
             source.remove(instance)
             if instance.closing:
                 yield Order(OPEN, instance)
@@ -83,7 +83,8 @@ class Reconciler:
         target_s = decision.pools[-1].target_s
         lacking = decision.batch - len(self._batch)
         for source in (spare, self._closing):
-            for instance in [i for i in source if not i.interactive][: max(0, lacking)]:
+            # Interactive requests that are inside end there; no more come.
+            for instance in sorted(source, key=_by_usefulness)[: max(0, lacking)]:
                 source.remove(instance)
                 lacking -= 1
                 if instance.closing:
