@@ -16,7 +16,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _percent(share: float | None) -> str:
     """Rounded down: what misses a target by little must not read as meeting it."""
-    return ABSENT if share is None else f"{int(share * 10_000) / 100:.2f}"
+    return ABSENT if share is None else f"{int(share * 10_000 + 1e-6) / 100:.2f}"
 
 
 def _pair(values: Mapping[str, float | None] | None, form: str) -> str:
@@ -55,15 +55,17 @@ def print_table(summaries: Sequence[Summary], file: TextIO, *, title: str = "") 
 
 
 def print_rows(rows: Sequence[Mapping[str, str]], file: TextIO, *, title: str = "") -> None:
-    """A table of equally named cells; the first column is text, the others are figures."""
+    """A table of cells by heading; the first column is text, the others are figures. A row may lack
+    a column that others have."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
-    for index, heading in enumerate(rows[0]):
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
+    for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", vertical="bottom", overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row.get(heading, "") for heading in headings))
     width = None if file.isatty() else WIDTH
     Console(file=file, width=width, highlight=False, markup=False).print(table)

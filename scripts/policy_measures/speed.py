@@ -12,6 +12,8 @@ SECONDS = 300.0
 GIGABYTES = 4.0
 SIZES = (10, 100, 1000)
 REQUESTS = 200_000
+LEAST_REQUESTS = 50_000
+"""Of each fleet size, at any scale: with fewer, most of 1,000 instances would see none."""
 UTILISATION = 0.6
 FLAT = 1.25
 
@@ -37,7 +39,7 @@ def measure(options: Options) -> Measured:
 
 
 def _by_size(options: Options, measured: Measured) -> None:
-    count = max(1000, round(REQUESTS * options.scale))
+    count = max(LEAST_REQUESTS, round(REQUESTS * options.scale))
     measured.notes.append(
         f"by fleet size: {count:,} requests of 256 prompt and 16 output tokens, at {UTILISATION:g} of what "
         f"each fleet can do"
