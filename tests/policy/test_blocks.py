@@ -82,3 +82,13 @@ def test_keys_name_tokens_and_all_that_came_before() -> None:
         private_key(12, 0),
     }
     assert len(different) == 6
+
+
+def test_an_unused_pool_takes_no_memory_for_its_blocks() -> None:
+    pool = BlockPool(1 << 40)
+    assert pool.num_free == 1 << 40
+    blocks = pool.allocate(3)
+    pool.release(blocks[:1])
+    assert len(pool._count) == 3 and pool.num_free == (1 << 40) - 2
+    assert pool.allocate(1) == blocks[:1], "what was used comes before what never was"
+    pool.check([blocks])

@@ -87,3 +87,20 @@ def test_a_revived_block_counts_as_no_longer_free() -> None:
     assert (len(placement.device), placement.fresh, placement.free_needed) == (2, 1, 3)
     running(tiers, make_request(2, list(range(9))))
     assert tiers.place(make_request(3, list(range(12))), 12).free_needed == 1
+
+
+def test_a_range_stands_for_unknown_tokens_and_shares_only_keys_given() -> None:
+    tiers = KvTiers(4, 16, 16, SAVE, prefix_caching=True)
+    first, second, third = (make_request(n) for n in range(3))
+    for request in (first, second, third):
+        request.prompt_ids = range(14)
+    first.block_keys, second.block_keys = [7, 8], [7, 9]
+    running(tiers, first)
+    assert len(tiers.place(second, 14).device) == 1, "the block of key 7"
+    assert tiers.place(third, 14).device == []
+    tiers.evict(first, 14)
+    assert len(first.block_keys) == 3, "the third block got a key of its own"
+    assert len(tiers.place(first, 15).device) == 3
+    running(tiers, third)
+    assert tiers.device.num_free == 12, "blocks that nobody can share are not sealed"
+    assert third.block_keys == []
