@@ -142,6 +142,14 @@ class Dispatcher:
         for instances in self._with_room.values():
             instances.pop(instance.instance_id, None)
 
+    def set_role(self, instance: Instance, role: Role, target_s: float) -> None:
+        """Its place in the index follows its role, target and load."""
+        self.withdraw(instance)
+        self._instances.set_role(instance, role, target_s)
+        instance.room_s = self._model.room_s(target_s)
+        instance.refresh_load()
+        self._router.refresh(instance)
+
     def release_saved(self, instance: Instance, out: Effects) -> None:
         """KV kept by the instance for queued requests is to be dropped."""
         for tracked in self.queue.release_saved(instance.instance_id):
@@ -232,13 +240,6 @@ class Dispatcher:
         self.set_role(instance, Role.MIXED, target)
         out.append(SetRole(instance.instance_id, Role.MIXED, target))
         return instance
-
-    def set_role(self, instance: Instance, role: Role, target_s: float) -> None:
-        self.withdraw(instance)
-        self._instances.set_role(instance, role, target_s)
-        instance.room_s = self._model.room_s(target_s)
-        instance.refresh_load()
-        self._router.refresh(instance)
 
     def _run_interactive(self, tracked: Tracked, instance: Instance, now: float, out: Effects) -> None:
         del self.held[tracked.request.request_id]
