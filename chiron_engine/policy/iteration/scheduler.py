@@ -150,10 +150,13 @@ class Scheduler:
         decodes = self._decodes
         if self.limits.shrink == "preempt":
             self._shrink(plan)
-        self._grow(plan)
+        due = decodes.growing(self.step)
+        if due:
+            self._grow(due, plan)
         if self.waiting and not self._head_is_blocked:
             self._admit(plan, now)
-        self._advance_prompts(plan)
+        if any(self._prefill_left):
+            self._advance_prompts(plan)
         if decodes.requests:
             plan.decode = decodes.batch()
             plan.decode_context = decodes.context
@@ -175,12 +178,9 @@ class Scheduler:
                 return
             self._preempt(victim, plan)
 
-    def _grow(self, plan: StepPlan) -> None:
+    def _grow(self, due: dict[Request, None], plan: StepPlan) -> None:
         """Give a block to each decoding request whose last one is full, oldest first, evicting the
         request served last (perhaps the one that asks) where none is free."""
-        due = self._decodes.growing(self.step)
-        if not due:
-            return
         ordered = sorted(due, key=priority) if self.tiers.device.num_free < len(due) else list(due)
         for request in ordered:
             if request in self._decodes:
