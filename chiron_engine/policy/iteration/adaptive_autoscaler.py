@@ -14,8 +14,8 @@ prompts wait, never shorter. What the KV cache holds is the scheduler's to predi
 from __future__ import annotations
 
 from .autoscaler_inputs import EngineCapacity, ItlTargets
-from .budget_ceiling import BudgetCeiling
 from .budget_probe import BudgetProbe
+from .limit_ceiling import LATE_STEPS, NO_CEILING, LimitCeiling
 from .limits import Limits, Shrink
 from .step_costs import StepCosts
 from .step_model import StepModel
@@ -31,17 +31,26 @@ PROMPT_BAND = 1.2
 """The token budget is raised, however little the model finds to gain, for this many times the prompts."""
 PROMPT_GROWTH = 1.5
 LARGEST_MARGIN = 0.05
-SMALLEST_MARGIN = 0.01
+SMALLEST_MARGIN = 0.005
 
 LATE_SHARE = 0.006
 """Share of tokens beyond the target that trim settles at: the SLO allows 1 %."""
-TRIM_GAIN = 0.08
+TRIM_GAIN = 0.12
 """Change of trim in a window for a share of late tokens of 1."""
 MOST_TRIMMED = 0.02
 """Largest fall of trim in a window: late steps come in bursts, one after another."""
+WINDOWS_TO_HASTE = 16
+MOST_HASTE = 4.0
+"""Trim rises at twice the rate after so many windows on time, at three
+times after twice as many."""
+MOST_RAISED = 0.002
+"""Largest relative growth of trim / rho99 in a window because rho99 falls."""
 LEAST_TRIM = 0.8
 BUSY = 0.8
 """Share of A that steps take on average where A is what holds them back."""
+
+NEAR = 0.9
+"""Share of A from which a step counts in the tail, once that has samples enough."""
 
 WARM_UP_STEPS = 16
 """Steps that a model without a prior sees before its errors count."""
@@ -80,12 +89,17 @@ class AdaptiveAutoscaler:
         self._window_seconds = 0.0
         self._window_tokens = 0
         self._window_late = 0
+        self._windows_on_time = 0
+        self._rho = self._tail.rho99
         self._trim = 1.0
         self._mean_s = 0.0
         self._throughput = 0.0
         self.throughput_backpressure = 0.0
         self._probe = BudgetProbe(capacity)
-        self._ceiling = BudgetCeiling()
+        self._budget_ceiling = LimitCeiling()
+        self._running_ceiling = LimitCeiling()
+        self._late_steps = 0
+        """Late ones in a row."""
         self._allowance_s = 0.0
         self.limits = self._first_limits()
         self._bound_growth()
@@ -115,6 +129,9 @@ class AdaptiveAutoscaler:
         self._window_tokens += n
         if seconds > self._target_s:
             self._window_late += n
+            self._late_steps += 1
+        else:
+            self._late_steps = 0
         self._steps_left -= 1
         self._interactive_requests = max(stats.interactive_requests, stats.itl_interactive)
         if (self._interactive_requests > 0) != self._serves_interactive:
@@ -124,7 +141,9 @@ class AdaptiveAutoscaler:
         if self._steps_left <= 0:
             self._end_window(stats, now)
             return self._renew()
-        return self._after_prompts(stats, seconds, expected) if prompt else None
+        if self._late_steps >= LATE_STEPS:
+            return self._give_way(n, prompt)
+        return self._after_prompts(stats, expected) if prompt else None
 
     def on_interactive(self, now: float) -> Limits | None:
         self._interactive_requests = max(self._interactive_requests, 1)
@@ -138,18 +157,33 @@ class AdaptiveAutoscaler:
         """Go on with the target of this class."""
         self._serves_interactive = interactive
         self._probe.before = None
+        self._budget_ceiling.lift()
+        self._running_ceiling.lift()
         self._update_allowance()
         return self._renew()
 
     def _learn(self, stats: StepStats, seconds: float, expected: float) -> None:
         if stats.swap_in_blocks or stats.swap_out_blocks:
             return
-        model = self._model
+        model, tail = self._model, self._tail
         if stats.decode_requests and expected > 0.0 and model.steps >= self._warm_up:
-            self._tail.observe(seconds / expected)
+            # Errors of steps that are far from A say nothing of those that could be late.
+            near = NEAR * self._allowance_s
+            if tail.samples < TRUSTED or seconds > near or expected > near:
+                tail.observe(seconds / expected)
         model.observe(stats, seconds)
 
-    def _after_prompts(self, stats: StepStats, seconds: float, expected: float) -> Limits | None:
+    def _give_way(self, n: int, prompt: int) -> Limits | None:
+        """Steps are late one after another: less of what may be too much, and not soon again."""
+        self._late_steps = 0
+        block = self._capacity.block_size
+        if prompt > block:
+            self._budget_ceiling.lower(max(n + block, min(self.limits.token_budget, n + prompt) - block))
+        elif n > 1:
+            self._running_ceiling.lower(min(n, self.limits.max_running) - max(1, n // 32))
+        return self._renew()
+
+    def _after_prompts(self, stats: StepStats, expected: float) -> Limits | None:
         """The step computed prompt tokens: was its budget right, and is it time to try more?"""
         prompt = stats.prefill_tokens
         budget = self.limits.token_budget - stats.decode_requests
@@ -160,9 +194,6 @@ class AdaptiveAutoscaler:
             return self._renew()
         if not is_full:
             return None
-        if self._ceiling.is_hit(seconds > self._target_s):
-            self._ceiling.lower(self.limits.token_budget - self._capacity.block_size)
-            return self._renew()
         if self._probe.is_due(self.limits, stats.queued_tokens):
             self.limits = self._probe.begin(self.limits)
             return self.limits
@@ -177,7 +208,7 @@ class AdaptiveAutoscaler:
             self._model.doubt()
         if self._probe.found_more:
             # A window with the larger budget teaches the model what it costs.
-            self._ceiling.lift()
+            self._budget_ceiling.lift()
             self._steps_left = WINDOW_STEPS
             return None
         self.limits = before
@@ -194,7 +225,7 @@ class AdaptiveAutoscaler:
         """A = (1 - m) S trim / rho99"""
         known = min(1.0, self._tail.samples / TRUSTED)
         margin = LARGEST_MARGIN + (SMALLEST_MARGIN - LARGEST_MARGIN) * known
-        self._allowance_s = (1.0 - margin) * self._target_s * min(1.0, self._trim / self._tail.rho99)
+        self._allowance_s = (1.0 - margin) * self._target_s * min(1.0, self._trim / self._rho)
 
     @property
     def _prompt_token_s(self) -> float:
@@ -216,8 +247,10 @@ class AdaptiveAutoscaler:
         throughput = self._window_tokens / self._window_seconds
         self.throughput_backpressure = self._throughput / throughput if throughput else 0.0
         self._throughput = throughput
-        self._ceiling.pass_steps(steps)
-        self._update_trim()
+        self._budget_ceiling.pass_steps(steps)
+        self._running_ceiling.pass_steps(steps)
+        self._probe.pass_steps(steps)
+        self._update_trim(stats)
         self._update_allowance()
         self._steps_left = WINDOW_STEPS
         self._window_seconds, self._window_tokens, self._window_late = 0.0, 0, 0
@@ -229,15 +262,30 @@ class AdaptiveAutoscaler:
             self._kv_growth += SMOOTHING * (change / steps - self._kv_growth)
         self._update_needed_prompt(stats, now)
 
-    def _update_trim(self) -> None:
-        """Where A holds the engine back, move trim towards the late share wanted."""
+    def _update_trim(self, stats: StepStats) -> None:
+        """Where A holds the engine back, move trim towards the late share wanted; upwards the faster,
+        the longer no token was late."""
         tail, tokens = self._tail, self._window_tokens
+        # When outliers leave the tail's window rho falls at once; what trim had made up for them, and
+        # what that means for n, is taken back little by little.
+        rho, self._rho = self._rho, tail.rho99
         if tail.samples < TRUSTED or not tokens:
             return
+        self._trim = min(self._trim, (1.0 + MOST_RAISED) * self._trim / rho * self._rho)
         late = self._window_late / tokens
-        if late or self._mean_s > BUSY * self._allowance_s:
-            trim = self._trim + max(-MOST_TRIMMED, TRIM_GAIN * (LATE_SHARE - late))
-            self._trim = max(LEAST_TRIM, min(trim, tail.rho99))
+        is_full = stats.queued_tokens > 0 and stats.running + 1 >= self.limits.max_running
+        if late:
+            self._windows_on_time = 0
+            self._trim = max(LEAST_TRIM, self._trim + max(-MOST_TRIMMED, TRIM_GAIN * (LATE_SHARE - late)))
+        elif is_full or self._mean_s > BUSY * self._allowance_s:
+            # Not while a ceiling, rather than A, may be what keeps steps on time.
+            self._windows_on_time = 0 if self._holds_ceiling else self._windows_on_time + 1
+            haste = min(MOST_HASTE, 1.0 + self._windows_on_time / WINDOWS_TO_HASTE)
+            self._trim = min(tail.rho99, self._trim + TRIM_GAIN * LATE_SHARE * haste)
+
+    @property
+    def _holds_ceiling(self) -> bool:
+        return min(self._budget_ceiling.limit, self._running_ceiling.limit) < NO_CEILING
 
     def _bound_growth(self) -> None:
         """Beyond what was tried the model is a guess: limits grow by so much in a window."""
@@ -274,6 +322,7 @@ class AdaptiveAutoscaler:
             return None
         old = self.limits
         running = self._within_dead_band(self._largest_n(), old.max_running)
+        running = max(1, min(running, self._running_ceiling.limit))
         shrink: Shrink = "preempt" if self._serves_interactive else "drain"
         n = min(self._n, running) if shrink == "preempt" else self._n
         tokens = self._token_budget(n, old)
@@ -319,7 +368,7 @@ class AdaptiveAutoscaler:
         most = capacity.max_step_tokens - n
         prompt = most if each * most <= room else int(room / each) if each > 0.0 else 0
         in_force = old.token_budget - n
-        prompt = min(prompt, self._most_prompt, self._ceiling.tokens - n)
+        prompt = min(prompt, self._most_prompt, self._budget_ceiling.limit - n)
         prompt = min(max(prompt, capacity.block_size), most)
         if in_force < capacity.block_size:
             return n + prompt

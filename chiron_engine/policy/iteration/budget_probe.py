@@ -7,7 +7,7 @@ from .limits import Limits
 
 SOONEST = 64
 LATEST = 2048
-"""Steps with a full budget between two probes: twice as many after each that found nothing."""
+"""Steps between two probes: twice as many after each that found nothing."""
 SHARE = 0.25
 LEAST_BLOCKS = 2
 """What a probe adds to the token budget: this share of it, and at least so many blocks."""
@@ -40,8 +40,10 @@ class BudgetProbe:
 
     def is_due(self, limits: Limits, queued_tokens: int) -> bool:
         """Called after each step that filled its budget."""
-        self._left -= 1
         return self._left <= 0 and limits.token_budget < self._most and queued_tokens > limits.token_budget
+
+    def pass_steps(self, steps: int) -> None:
+        self._left -= steps
 
     def begin(self, limits: Limits) -> Limits:
         """The limits to probe with."""

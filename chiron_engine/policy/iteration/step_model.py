@@ -1,7 +1,7 @@
 """How long a step takes, learned while the engine runs.
 
-Recursive least squares on the linear model of `StepCosts`, with forgetting, so that the fit is a
-good one near where the engine runs now, whatever the true curve looks like elsewhere.
+Recursive least squares on the linear model of `StepCosts` that forgets, so that the fit is a good one
+near where the engine runs now, whatever the true curve looks like elsewhere.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from .autoscaler_inputs import EngineCapacity
 from .step_costs import StepCosts
 from .step_stats import StepStats
 
-FORGETTING = 0.995
-"""What a step's weight shrinks by with each later step."""
+DRIFT = 3e-4
+"""Relative deviation by which a coefficient may change in a step. What the model remembers follows
+from it: about 200 steps, as with a forgetting factor of 0.995, of what they vary in."""
+LEAST_SHARE = 0.02
+"""A coefficient that is zero drifts by this share of what the largest does."""
 
 NOISE = 0.03
 """Relative deviation of a step from the model; the scale of the prior's certainty."""
@@ -19,7 +22,7 @@ PRIOR_DEVIATION = 0.3
 """Relative deviation of a coefficient from a prior that was fitted on the like of this machine."""
 
 DECODE_STEPS = 16
-PROMPT_STEPS = 4
+PROMPT_STEPS = 8
 """Steps summed into one observation: the model is linear, so sums obey it too."""
 
 DOUBT = 0.1
@@ -34,9 +37,9 @@ class StepModel:
 
     Residuals are relative (every observation is divided by its time), because noise is. The
     coefficients are kept non-negative by conditioning on those that would fall below zero being zero.
-    Information is forgotten only in the direction of what is being observed (Kulhavy's directional
-    forgetting): a direction that inputs never vary in keeps its covariance, which therefore stays
-    bounded, however long inputs stay the same.
+    Forgetting is by drift: coefficients are taken to wander, so their variance grows with every step
+    and shrinks with what is observed. A forgetting factor would do the same while inputs vary, but
+    multiplies without bound the variance of what they do not vary in; drift stops at the prior's.
     """
 
     __slots__ = (
@@ -184,22 +187,30 @@ class StepModel:
         error = root - (x0 * theta[0] + x1 * theta[1] + x2 * theta[2] + x3 * theta[3] + x4 * theta[4])
         gain = error / (1.0 + spread)
         self._coefficients = [value + gain * along for value, along in zip(theta, g, strict=True)]
-        self._forget_along(g, spread, FORGETTING**count)
+        self._shrink_covariance(g, spread)
+        self._drift(count)
         self._keep_non_negative()
         self._publish()
 
-    def _forget_along(self, g: list[float], spread: float, forgetting: float) -> None:
-        """Information along the observation becomes forgetting x (what it was + 1); nothing is
-        forgotten across it. With g = covariance x and spread = x' covariance x this is a rank-1
-        update; it grows the covariance where spread < 1 / forgetting - 1."""
-        step = (forgetting * (1.0 + spread) - 1.0) / (forgetting * spread * (1.0 + spread))
+    def _shrink_covariance(self, g: list[float], spread: float) -> None:
+        """By what was observed: g = covariance x and spread = x' covariance x of the features x."""
         for row, along in zip(self._covariance, g, strict=True):
-            factor = step * along
+            factor = along / (1.0 + spread)
             row[0] -= factor * g[0]
             row[1] -= factor * g[1]
             row[2] -= factor * g[2]
             row[3] -= factor * g[3]
             row[4] -= factor * g[4]
+
+    def _drift(self, count: float) -> None:
+        """Grow the variance of each coefficient by what it may have changed in `count` steps, up to
+        what it was before anything was known."""
+        theta = self._coefficients
+        least = LEAST_SHARE * max(theta)
+        for index, row in enumerate(self._covariance):
+            variance = row[index]
+            if variance < self._initial[index]:
+                row[index] = variance + count * (DRIFT / NOISE * max(theta[index], least)) ** 2
 
     def _keep_non_negative(self) -> None:
         """Set negative coefficients to zero, the most negative first, and move the others by what that
