@@ -31,7 +31,7 @@ def feed(model: StepModel, costs: StepCosts, steps: int, seed: int = 0, noise: f
 @pytest.mark.parametrize("prior", [None, COSTS, StepCosts(20e-3, 5e-5, 1e-8, 1e-5, 0.0)])
 def test_finds_the_coefficients_of_a_linear_plant(prior: StepCosts | None) -> None:
     model = StepModel(CAPACITY, prior)
-    feed(model, COSTS, 4000)
+    feed(model, COSTS, 8000)
     for n, kv, prompt, context in ((1, 500, 0, 0), (200, 60_000, 0, 0), (100, 30_000, 512, 512 * 512)):
         assert model.seconds(n, kv, prompt, context) == pytest.approx(
             COSTS.seconds(n, kv, prompt, context), rel=0.03
@@ -72,7 +72,7 @@ def test_inputs_that_never_vary_do_not_blow_up_the_covariance() -> None:
     assert model.seconds(200, 60_000, 1024, 1024 * 1024) == pytest.approx(before, rel=0.1)
     # It can still learn.
     slower = StepCosts(12e-3, 2e-5, 8e-8, 4e-5, 2e-9)
-    feed(model, slower, 4000)
+    feed(model, slower, 8000)
     assert model.seconds(100, 30_000, 0, 0) == pytest.approx(slower.seconds(100, 30_000), rel=0.06)
 
 
