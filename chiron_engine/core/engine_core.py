@@ -375,6 +375,7 @@ class EngineCore:
             itl_interactive=0,
             itl_batch=0,
             queued_tokens=scheduler.queued_tokens,
+            queued_interactive_tokens=scheduler.queued_interactive_tokens,
             first_token_due=scheduler.first_token_due(),
             interactive_requests=interactive,
             batch_requests=batch,

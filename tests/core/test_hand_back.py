@@ -151,12 +151,14 @@ def test_stats_tell_what_waits() -> None:
     engine.core.step()
     first = engine.stats[0]
     assert first.queued_tokens == 600 - 512 + 300 + 100
+    assert first.queued_interactive_tokens == 600 - 512 + 300
     assert first.first_token_due == 1.0
     assert (first.interactive_requests, first.batch_requests) == (2, 1)
     while engine.core.has_work:
         engine.core.step()
     last = engine.stats[-1]
     assert (last.queued_tokens, last.first_token_due) == (0, math.inf)
+    assert last.queued_interactive_tokens == 0
     assert (last.interactive_requests, last.batch_requests) == (0, 0)
     dues = [s.first_token_due for s in engine.stats]
     assert dues.index(math.inf) == 4, "the second prompt is computed in the fifth step"

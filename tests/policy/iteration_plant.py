@@ -62,6 +62,7 @@ def step_stats(
         itl_interactive=min(n, interactive),
         itl_batch=n - min(n, interactive),
         queued_tokens=queued,
+        queued_interactive_tokens=queued if interactive else 0,
         first_token_due=due,
         interactive_requests=interactive,
         batch_requests=batch,

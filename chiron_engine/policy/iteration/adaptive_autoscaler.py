@@ -297,7 +297,7 @@ class AdaptiveAutoscaler:
         """P: prompt tokens a step with which the most urgent first token comes in time."""
         allowance = self._allowance_s
         slack = max(stats.first_token_due - now, allowance)
-        needed = stats.queued_tokens * allowance / slack
+        needed = stats.queued_interactive_tokens * allowance / slack
         floor = self._capacity.block_size
         self._needed_prompt = max(floor, needed, NEED_KEPT * self._needed_prompt)
 

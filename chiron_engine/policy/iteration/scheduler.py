@@ -80,6 +80,11 @@ class Scheduler:
         taken off for those that wait."""
         return self.waiting.num_tokens + sum(self._prefill_left)
 
+    @property
+    def queued_interactive_tokens(self) -> int:
+        """Those of them that interactive requests have."""
+        return self.waiting.num_interactive_tokens + self._prefill_left[SloClass.INTERACTIVE]
+
     def first_token_due(self) -> float:
         """When the most urgent interactive request without a first token is to have one; infinite
         without such a request."""

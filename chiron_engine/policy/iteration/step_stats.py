@@ -14,8 +14,8 @@ class StepStats:
     prompt chunks of count x KV length at the chunk's end. itl_s: gap since the last commit, the
     inter-token latency of every request that decoded in both steps; itl_interactive and itl_batch
     count them. submit_s: handing the plan over; wait_s: waiting for the result; device_s: what the
-    executor says the step took. The last four tell a controller what waits: known tokens that
-    waiting and prefilling requests still have to compute; when the first token of the most urgent
+    executor says the step took. The last five tell a controller what waits: known tokens that
+    waiting and prefilling requests still have to compute, and those of interactive ones; when the first token of the most urgent
     interactive one is due (infinite without one); requests of each class in the engine.
     """
 
@@ -44,6 +44,7 @@ class StepStats:
     itl_interactive: int
     itl_batch: int
     queued_tokens: int = 0
+    queued_interactive_tokens: int = 0
     first_token_due: float = math.inf
     interactive_requests: int = 0
     batch_requests: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from .request import Request
+from .request import Request, SloClass
 
 Priority = tuple[int, float, int]
 Entry = tuple[int, float, int, Request]
@@ -20,14 +20,16 @@ class WaitingQueue:
     """Sorted by priority. The head is at the end of the list, so taking it costs O(1); a request
     that comes back after a preemption keeps the place its arrival gives it.
 
-    num_tokens: known tokens of all of them, prompts and what they had produced.
+    num_tokens: known tokens of all of them, prompts and what they had produced;
+    num_interactive_tokens: of the interactive ones.
     """
 
-    __slots__ = ("_entries", "num_tokens")
+    __slots__ = ("_entries", "num_interactive_tokens", "num_tokens")
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
         self.num_tokens = 0
+        self.num_interactive_tokens = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -41,11 +43,11 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         insort(self._entries, _entry(request))
-        self.num_tokens += _known_tokens(request)
+        self._count(request, _known_tokens(request))
 
     def pop(self) -> Request:
         request = self._entries.pop()[3]
-        self.num_tokens -= _known_tokens(request)
+        self._count(request, -_known_tokens(request))
         return request
 
     def remove(self, request: Request) -> None:
@@ -54,7 +56,12 @@ class WaitingQueue:
         if index == len(self._entries) or self._entries[index][3] is not request:
             raise ValueError(f"request {request.request_id} is not waiting")
         del self._entries[index]
-        self.num_tokens -= _known_tokens(request)
+        self._count(request, -_known_tokens(request))
+
+    def _count(self, request: Request, tokens: int) -> None:
+        self.num_tokens += tokens
+        if request.slo.slo_class is SloClass.INTERACTIVE:
+            self.num_interactive_tokens += tokens
 
 
 def _known_tokens(request: Request) -> int:
