@@ -15,8 +15,9 @@ class StepStats:
     inter-token latency of every request that decoded in both steps; itl_interactive and itl_batch
     count them. submit_s: handing the plan over; wait_s: waiting for the result; device_s: what the
     executor says the step took. The last five tell a controller what waits: known tokens that
-    waiting and prefilling requests still have to compute, and those of interactive ones; when the first token of the most urgent
-    interactive one is due (infinite without one); requests of each class in the engine.
+    waiting and prefilling requests still have to compute, and those of interactive ones; when the
+    first token of the most urgent interactive one is due (infinite without one); requests of each
+    class in the engine.
     """
 
     step: int
