@@ -179,7 +179,8 @@ class FleetDriver:
         assert not queued & held and not (queued | held) & set(on)
         assert queued | held | set(on) == open_ones
         assert dispatcher.queue.num_queued == len(queued)
-        assert dispatcher.queue.num_unfinished == sum(self._is_batch(r) for r in open_ones)
+        in_groups = sum(group.queued.count + group.running.count for group in dispatcher.queue.groups())
+        assert in_groups == sum(self._is_batch(r) for r in open_ones)
         assert len(self.fleet.instances) <= self.config.max_gpus
 
     def _is_batch(self, request_id: int) -> bool:

@@ -30,10 +30,6 @@ class BatchQueue:
         """Groups with unfinished requests, the earliest deadline first."""
         return sorted(self._groups.values(), key=lambda group: (group.start, group.width))
 
-    @property
-    def num_unfinished(self) -> int:
-        return sum(group.queued.count + group.running.count for group in self._groups.values())
-
     def join(self, tracked: Tracked, deadline: float, now: float) -> None:
         """A new request enters the group of its deadline, for good."""
         start, width = group_range(deadline, deadline - now, self._lead_s)

@@ -34,14 +34,12 @@ class InteractiveDemand:
         self.smooth = 0.0
         self.mean = 0.0
         self.recent = 0.0
-        self.load = 0.0
 
     def observe(self, load: float, arrived_work_s: float, arrived_squares: float) -> None:
         """One tick: the sum of u, and the work of the requests that arrived since the last one with
         the sum of its squares."""
         self._work.append(arrived_work_s)
         self._squares.append(arrived_squares)
-        self.load = load
         flows = [self._flow(ticks) for ticks in self._shorts]
         self.smooth = max(load, flows[-1])
         self._smooths.append(self.smooth)

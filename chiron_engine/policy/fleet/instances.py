@@ -47,7 +47,7 @@ class Instance:
         "batch", "batch_added_s", "batch_kv", "batch_paused", "batch_since", "batch_tokens_total", "bucket",
         "closing", "closing_since", "instance_id", "interactive", "interactive_added_s", "interactive_kv",
         "is_initial", "kv_capacity", "launched_at", "load", "max_running", "max_slots", "prefilled_at",
-        "ready_at", "reported_at", "role", "room_s", "state", "target_s",
+        "reported_at", "role", "room_s", "state", "target_s",
     )  # fmt: skip
 
     def __init__(
@@ -59,7 +59,6 @@ class Instance:
         self.kv_capacity = kv_capacity
         self.max_slots = max_slots
         self.launched_at = now
-        self.ready_at = now
         self.state = InstanceState.LOADING
         self.is_initial = False
         self.closing = False
@@ -149,10 +148,9 @@ class Instances:
         self.num_loading += 1
         return instance
 
-    def set_ready(self, instance: Instance, now: float) -> None:
+    def set_ready(self, instance: Instance) -> None:
         self.num_loading -= 1
         instance.state = InstanceState.READY
-        instance.ready_at = now
         self.ready[instance.role][instance.instance_id] = instance
 
     def set_draining(self, instance: Instance) -> None:

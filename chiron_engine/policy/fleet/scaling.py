@@ -72,7 +72,7 @@ class Scaling:
         if not instance.is_initial:
             self._lead.observe(now - instance.launched_at)
             self._failures = 0
-        self._instances.set_ready(instance, now)
+        self._instances.set_ready(instance)
         self._router.refresh(instance)
         self._dispatcher.serve_held(now, out)
         self._dispatcher.fill(instance, now, out)
@@ -101,7 +101,7 @@ class Scaling:
         if order.instance is None:
             out.append(self._launch(order.role, order.target_s, now)[1])
         elif order.action == CLOSE:
-            self._close(order.instance, now, out)
+            self._close(order.instance, now)
         elif order.action == OPEN:
             order.instance.closing = False
             self._router.refresh(order.instance)
@@ -109,7 +109,7 @@ class Scaling:
             self._dispatcher.set_role(order.instance, order.role, order.target_s)
             out.append(SetRole(order.instance.instance_id, order.role, order.target_s))
 
-    def _close(self, instance: Instance, now: float, out: Effects) -> None:
+    def _close(self, instance: Instance, now: float) -> None:
         instance.closing = True
         instance.closing_since = now
         self._dispatcher.withdraw(instance)

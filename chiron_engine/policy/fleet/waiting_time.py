@@ -29,13 +29,6 @@ class Throughput:
     ready_in: tuple[float, ...] = ()
     cv: float = 0.0
 
-    def delivered(self, horizon_s: float) -> float:
-        """Integral of T over the next `horizon_s` seconds."""
-        if horizon_s <= 0:
-            return 0.0
-        seconds = sum(horizon_s - ready for ready in self.ready_in if ready < horizon_s)
-        return self.spare * horizon_s + self.rate * seconds
-
     def time_for(self, work_s: float) -> float:
         """Solves integral of T = work; infinite where T stays 0."""
         speed, time, left = self.spare, 0.0, work_s
@@ -63,8 +56,8 @@ def conservative(work_s: float, variance: float, cv: float) -> float:
 def late_groups(groups: Sequence[GroupWork], throughput: Throughput, now: float) -> int:
     """BBP, batch backpressure: groups for which now + W at 95 % + own service > deadline."""
     return sum(
-        now + throughput.time_for(work) + group.service_s > group.due
-        for group, work in _work_ahead(groups, throughput.cv)
+        now + waiting_time(work, variance, throughput) + group.service_s > group.due
+        for group, work, variance in _work_ahead(groups)
     )
 
 
@@ -76,7 +69,8 @@ def least_instances(
     for one instance at least, as late work is served too; `most` where a group needs more."""
     supply = _Supply(throughput, lead_s)
     count = 0
-    for group, work in _work_ahead(groups, throughput.cv):
+    for group, work_s, variance in _work_ahead(groups):
+        work = conservative(work_s, variance, throughput.cv)
         horizon = group.due - now - group.service_s
         reach = most if horizon > lead_s else min(most, max(1, len(throughput.ready_in)))
         while count < reach and supply.delivered(count, horizon) < work:
@@ -103,10 +97,10 @@ class _Supply:
         return throughput.spare * horizon + throughput.rate * seconds
 
 
-def _work_ahead(groups: Sequence[GroupWork], cv: float) -> Iterator[tuple[GroupWork, float]]:
-    """Each group with the 95th percentile of the work of all up to and including it."""
+def _work_ahead(groups: Sequence[GroupWork]) -> Iterator[tuple[GroupWork, float, float]]:
+    """Each group with the work of all up to and including it, and the variance of that."""
     work = variance = 0.0
     for group in groups:
         work += group.work_s
         variance += group.variance
-        yield group, conservative(work, variance, cv)
+        yield group, work, variance

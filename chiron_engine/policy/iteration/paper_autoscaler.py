@@ -33,7 +33,7 @@ next while B stays."""
 class Interval:
     """What one interval saw."""
 
-    __slots__ = ("gaps_s", "kv_tokens", "running", "seconds", "steps", "tokens", "was_full")
+    __slots__ = ("gaps_s", "kv_tokens", "seconds", "steps", "tokens", "was_full")
 
     def __init__(self) -> None:
         self.steps = 0
@@ -41,7 +41,6 @@ class Interval:
         self.seconds = 0.0
         self.gaps_s = 0.0
         self.kv_tokens = 0
-        self.running = 0
         self.was_full = True
         """B bound in every step: as many ran as may."""
 
@@ -52,7 +51,6 @@ class Interval:
         self.seconds += stats.itl_s
         self.gaps_s += stats.itl_s * n
         self.kv_tokens += stats.kv_tokens
-        self.running += n
         # The count is taken after the commit: what finished in the step ran in it.
         self.was_full &= stats.running + stats.finished >= stats.max_running
 
