@@ -83,7 +83,7 @@ class World:
             batch_itl_s=batch.itl_s,
         )
         self._fleet = policy.make_fleet(spec, config)
-        self._initial = initial_instances(workload, profile, policy, settings)
+        self._initial = initial_instances(workload, spec, config, policy, settings)
         self._source = RequestSource(workload, shape, settings.max_output_tokens)
         self._span_s = max((stream.trace.span_s for stream in workload.streams), default=0.0)
         self._dice = FaultDice(settings.faults, settings.load_time_s, settings.load_jitter, seed)

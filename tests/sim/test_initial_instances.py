@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from chiron_engine.policy.fleet.config import FleetConfig
+from chiron_engine.policy.fleet.messages import InstanceSpec
 from chiron_engine.sim.initial_instances import initial_instances
 from chiron_engine.sim.policies import make_policy
 from chiron_engine.sim.workload import Workload, make_workload
@@ -13,9 +15,16 @@ from tests.sim.small_world import INTERACTIVE_SLO, random_trace, small_profile, 
 
 def initial(workload: Workload, policy: str = "chiron", **settings: object) -> int:
     made = plain_policy() if policy == "plain" else make_policy(policy)
-    return initial_instances(
-        workload, small_profile(), made, small_settings(**{"initial_instances": None, **settings})
+    profile, world = small_profile(), small_settings(**{"initial_instances": None, **settings})
+    spec = InstanceSpec(
+        profile.fit,
+        profile.kv_capacity_tokens,
+        profile.max_slots,
+        profile.max_model_len,
+        load_s=world.load_time_s,
     )
+    config = FleetConfig(max_gpus=world.max_gpus, itl_targets_s=(INTERACTIVE_SLO.itl_s,))
+    return initial_instances(workload, spec, config, made, world)
 
 
 def interactive(requests: int, span_s: float) -> Workload:

@@ -11,6 +11,8 @@ from .instances import Tracked
 from .request_groups import RequestGroup, group_range
 
 HOME_PATIENCE_S = 5.0
+"""How long an evicted request waits for the instance that keeps its KV: elsewhere all of it, prompt
+and output, would be computed anew."""
 
 
 class BatchQueue:

@@ -1,4 +1,4 @@
-"""What instances really deliver of batch work, against the step model."""
+"""What instances really deliver of batch work, against the step model (T of the waiting time)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .instances import Instance
 from .messages import Role
 
 PRIOR_S = 60.0
+"""Seconds of one instance that the step model's word weighs as much as."""
 
 
 class BatchThroughput:

@@ -17,12 +17,15 @@ class CapacityModel:
     comes first; a step takes base + the sum of what each request adds to it.
 
     The step costs are the spec's until instances report fitted ones, and stay within a factor of
-    two of them: a fit at one operating point may swap one coefficient for another.
+    two of them: a fit at one operating point may swap one coefficient for another. `costs` are
+    those of steps that keep an interactive ITL target, `batch_costs` those of the long steps of
+    batch work: true step times are no straight line, so each regime has its own.
     """
 
     def __init__(self, spec: InstanceSpec, config: FleetConfig) -> None:
         self.spec = spec
         self.costs = spec.costs
+        self.batch_costs = spec.costs
         self.kv_capacity = float(spec.kv_capacity_tokens)
         self.max_slots = spec.max_slots
         self.batch_itl_s = config.batch_itl_s
@@ -35,22 +38,33 @@ class CapacityModel:
                     f"{1e3 * spec.costs.base_s / self._margin:.3g} ms"
                 )
 
-    def learn(self, reported: StepCosts) -> None:
-        """Blend in the step model that an instance fitted online."""
-        blended = [
-            _blend(getattr(self.costs, name), getattr(reported, name), getattr(self.spec.costs, name))
+    def learn(self, reported: StepCosts, interactive_load: float) -> None:
+        """Blend in the step model that an instance with this u of interactive work fitted online:
+        the fuller it is, the nearer are its steps to those that matter."""
+        if interactive_load > 0:
+            weight = LEARNING_RATE * min(1.0, interactive_load)
+            self.costs = self._blended(self.costs, reported, weight)
+        else:
+            self.batch_costs = self._blended(self.batch_costs, reported, LEARNING_RATE)
+
+    def _blended(self, now: StepCosts, reported: StepCosts, weight: float) -> StepCosts:
+        fields = [
+            _blend(getattr(now, name), getattr(reported, name), getattr(self.spec.costs, name), weight)
             for name in StepCosts.__slots__
         ]
-        self.costs = StepCosts(*blended)
+        return StepCosts(*fields)
+
+    def costs_at(self, target_s: float) -> StepCosts:
+        return self.batch_costs if target_s >= self.batch_itl_s else self.costs
 
     def room_s(self, target_s: float) -> float:
         """Seconds of a step at this ITL target beyond those of an empty one."""
-        return max(self._margin * target_s - self.costs.base_s, LEAST_ROOM * target_s)
+        return max(self._margin * target_s - self.costs_at(target_s).base_s, LEAST_ROOM * target_s)
 
-    def added_s(self, prompt_tokens: float, output_tokens: float) -> float:
+    def added_s(self, prompt_tokens: float, output_tokens: float, target_s: float) -> float:
         """Seconds a request adds to each step it decodes in, its prompt spread over them:
         a + b ctx + p prompt / output, at its mean context."""
-        costs = self.costs
+        costs = self.costs_at(target_s)
         return (
             costs.per_request_s
             + costs.per_kv_token_s * (prompt_tokens + 0.5 * output_tokens)
@@ -66,19 +80,19 @@ class CapacityModel:
         """Seconds of one full instance for a request: prefill + sum over output tokens of
         a + b ctx + c du, its part of the empty step. With du the share of KV this is the
         c ctx / capacity of the lower bound, with the share of time its c / n_max(S)."""
-        added = self.added_s(prompt_tokens, output_tokens)
+        added = self.added_s(prompt_tokens, output_tokens, target_s)
         share = self.share(added, prompt_tokens + 0.5 * output_tokens, target_s)
-        return output_tokens * (added + self.costs.base_s * share)
+        return output_tokens * (added + self.costs_at(target_s).base_s * share)
 
     def service_s(self, prompt_tokens: float, output_tokens: float, target_s: float) -> float:
         """Seconds from routing to the last token on a full instance."""
-        added = self.added_s(prompt_tokens, output_tokens)
+        added = self.added_s(prompt_tokens, output_tokens, target_s)
         share = self.share(added, prompt_tokens + 0.5 * output_tokens, target_s)
-        return output_tokens * (added / share + self.costs.base_s)
+        return output_tokens * (added / share + self.costs_at(target_s).base_s)
 
 
-def _blend(now: float, reported: float, prior: float) -> float:
+def _blend(now: float, reported: float, prior: float, weight: float) -> float:
     if prior == 0:
-        return now + LEARNING_RATE * (reported - now)
+        return now + weight * (reported - now)
     kept = min(max(reported, prior / MOST_DRIFT), prior * MOST_DRIFT)
-    return now + LEARNING_RATE * (kept - now)
+    return now + weight * (kept - now)

@@ -1,4 +1,5 @@
-"""D, the interactive demand in instances, and how it has been."""
+"""D, the interactive demand in instances: what the paper counts as busy ones (section 5), by how
+full they are."""
 
 from __future__ import annotations
 

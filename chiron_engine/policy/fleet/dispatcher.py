@@ -209,7 +209,9 @@ class Dispatcher:
         known = request.prompt_tokens + request.produced
         expected = self.outputs[request.slo.slo_class].remaining(request.produced)
         output = max(1.0, min(expected, request.max_tokens - request.produced))
-        tracked.added_s = self._model.added_s(known, output)
+        # Batch, too, by the steps it would share with interactive requests: among its own it is KV
+        # that fills an instance.
+        tracked.added_s = self._model.added_s(known, output, self._config.itl_targets_s[-1])
         tracked.kv_tokens = known + output_share * output
 
     def _serve_interactive(self, tracked: Tracked, now: float, out: Effects) -> None:

@@ -128,7 +128,7 @@ class FleetState:
         if instance is None or instance.state is InstanceState.LOADING:
             return
         if event.costs is not None:
-            self.model.learn(event.costs)
+            self.model.learn(event.costs, instance.load)
         instance.max_running = event.max_running
         instance.batch_paused = False
         self.dispatcher.measure(instance, event.batch_tokens_total, now)

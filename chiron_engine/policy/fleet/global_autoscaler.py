@@ -19,11 +19,13 @@ from .waiting_time import late_groups, least_instances
 
 DEAD_BAND = 0.3
 DEAD_BAND_SHARE = 0.03
-"""Instances, and share of them, by which D / Theta must pass the present number before it is
+"""Instances, and share of them, by which D / Theta must pass the number decided before to be
 followed: a steady Poisson load makes the 60 s mean of D wander by some percent within minutes."""
 DECREASE_WINDOW_S = 600.0
-"""Demand is remembered for this long at least before instances go."""
+"""Demand is remembered for this long at least before instances go. Over one load time alone a steady
+Poisson load would still send an instance away, and launch it again, about once an hour."""
 SAFE_TICKS = 2
+"""Ticks for which fewer batch instances must be enough, on top of L, before any go."""
 
 
 class SlidingMax:
@@ -50,20 +52,23 @@ class PoolScaling:
         self.theta = Theta(config.tick_s)
         self._wanted = SlidingMax()
         self._needed = SlidingMax()
-        self._least_demand = SlidingMax()
-        self._present = -1
+        self._lowest_demand = SlidingMax()
+        """Of -D: the largest of that is the lowest D."""
+        self._target = -1
+        """N* of the last tick; negative before the first."""
 
     def decide(self, pool: PoolView, now: float, lead_s: float) -> PoolTarget:
         """N* = max(D / Theta, ceil(D) + 1): the first from the mean D that Theta is a ratio to, the
         second from D now, a spare instance over it. An increase is followed at once, a decrease
-        when no D of the window contradicts it.
+        when no D of the window contradicts it; D / Theta in either direction only until it is
+        within the dead band.
 
         Interactive-only are those that D of the whole window keeps full; the others lend what they
         have left to batch. (One that is full now and then would do so too, so ceil(D) is too many.)
         """
-        if self._present < 0:
+        if self._target < 0:
             # What the operator starts with stands until there was time to see what is needed.
-            self._present = pool.instances
+            self._target = pool.instances
             self._needed.push(pool.instances, now, 0.0)
         demand = self.demand
         demand.observe(pool.load, pool.arrived_work_s, pool.arrived_squares)
@@ -73,15 +78,15 @@ class PoolScaling:
         needed = _ceil(demand.recent) + 1 if demand.recent > 0 or self._least else 0
         most_wanted = self._wanted.push(wanted, now, window_s)
         most_needed = self._needed.push(needed, now, window_s)
-        always_busy = -self._least_demand.push(-demand.smooth, now, window_s)
-        band = DEAD_BAND + DEAD_BAND_SHARE * self._present
-        if max(wanted - band, needed) > self._present:
-            self._present = max(_ceil(wanted - band), needed)
-        elif max(most_wanted + band, most_needed) <= self._present - 1:
-            self._present = max(_ceil(most_wanted + band), int(most_needed))
-        self._present = max(self._present, self._least)
-        interactive = max(0, min(int(always_busy), self._present - 1))
-        return PoolTarget(pool.target_s, interactive, self._present - interactive)
+        always_busy = -self._lowest_demand.push(-demand.smooth, now, window_s)
+        band = DEAD_BAND + DEAD_BAND_SHARE * self._target
+        if max(wanted - band, needed) > self._target:
+            self._target = max(_ceil(wanted - band), needed)
+        elif max(most_wanted + band, most_needed) <= self._target - 1:
+            self._target = max(_ceil(most_wanted + band), int(most_needed))
+        self._target = max(self._target, self._least)
+        interactive = max(0, min(int(always_busy), self._target - 1))
+        return PoolTarget(pool.target_s, interactive, self._target - interactive)
 
 
 def _ceil(instances: float) -> int:
@@ -103,12 +108,12 @@ class ChironAutoscaler:
         batch, pressure = self._decide_batch(view, sum(target.total for target in targets))
         busy = sum(scaling.demand.smooth for scaling in self._pools.values())
         instances = sum(pool.instances for pool in view.pools)
-        tightest = max(self._pools.values(), key=lambda scaling: scaling.demand.mean)
+        busiest = max(self._pools.values(), key=lambda scaling: scaling.demand.mean)
         return Decision(
             pools=targets,
             batch=batch,
             busy=busy,
-            theta=tightest.theta.value,
+            theta=busiest.theta.value,
             interactive_backpressure=busy / instances if instances else 0.0,
             batch_backpressure=pressure,
         )

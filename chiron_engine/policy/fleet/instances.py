@@ -10,7 +10,13 @@ from .request_groups import RequestGroup
 
 class Tracked:
     """An accepted request and where it is: on `instance`, else queued in its `group` (batch) or
-    held (interactive). added_s and kv_tokens are what its instance counts for it."""
+    held (interactive).
+
+    group: set for a batch request from its arrival on, None for an interactive one. added_s,
+    kv_tokens: seconds a step and KV that its instance counts for it. force_at: until when an
+    interactive request is held for an instance with room; then the least loaded one takes it.
+    evicted_at: when a batch request last came back.
+    """
 
     __slots__ = (
         "added_s",
@@ -35,12 +41,18 @@ class Tracked:
 
 
 class Instance:
-    """Role, state and load of one instance. `load` is u of policy: the largest of the shares of
-    time at the ITL target, of KV and of slots that its interactive requests take.
+    """Role, state and load of one instance.
 
-    closing: not needed any more; it is given nothing and drained once empty. batch_paused: it
-    handed batch work back, so its limits are unknown until it reports. prefilled_at: when the
-    prompts routed to it should be computed.
+    load: u, the largest of three shares that its interactive requests take: seconds they add to a
+    step over those an ITL target leaves (`room_s`), KV over KV capacity, requests over slots. u = 1
+    is a full instance. What batch requests take is counted apart and is no part of u: they give way.
+
+    closing: not needed any more; it is given nothing, and drained once empty or after a while.
+    batch_paused: it handed batch work back, so its limits are unknown until it reports. batch_since:
+    when it last got batch work after having none. reported_at, batch_tokens_total, max_running: of
+    its last report. prefilled_at: when the prompts routed to it should be computed. is_initial:
+    there from the start, so that its load time tells nothing. bucket: place in a `LoadIndex`, -1
+    outside of it.
     """
 
     __slots__ = (

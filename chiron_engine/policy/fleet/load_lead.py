@@ -1,4 +1,5 @@
-"""How long it takes from deciding on an instance to having it."""
+"""L, how long it takes from deciding on an instance to having it. The paper takes the load time of
+the model; here slow launches count, and the tick that a decision waits for."""
 
 from __future__ import annotations
 

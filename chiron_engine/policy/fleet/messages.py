@@ -221,7 +221,12 @@ FleetEffect = Launch | SetRole | Drain | Route | Forget | Reject
 @dataclass(frozen=True, slots=True)
 class FleetGauges:
     """The control quantities of one moment, for metrics, logs and plots. Counts by role include
-    only ready instances; `loading` and `draining` come on top."""
+    only ready instances; `loading` and `draining` come on top.
+
+    busy, theta, interactive_backpressure (IBP), batch_backpressure (BBP): as in the last decision
+    (`fleet_view.Decision`). target, batch_target: instances it asks for, interactive and mixed ones,
+    and batch ones. held_interactive: requests that wait for room within their TTFT slack.
+    """
 
     interactive: int
     mixed: int

@@ -1,4 +1,11 @@
-"""Baselines: the global autoscaler as the paper has it, repaired and to the letter."""
+"""Baselines: the global autoscaler as the paper has it (section 5, Algorithm 2), repaired and to the
+letter.
+
+Both report as busy the instances that run any interactive request, and IBP as their share. Both keep
+`min_instances` for each ITL target, and know neither load times nor how many batch instances would
+do: every tick with a late group asks for one more than there are, loading ones included, and an
+empty queue for none.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +20,9 @@ THETA = 1.0 / 3.0
 
 
 class PaperAutoscaler:
-    """Algorithm 2 in closed form, N = ceil(busy / Theta) with busy = ceil(sum of u), a dead band of
-    one instance downwards, and Theta fixed. Batch: one more instance at each tick with a late
-    group, none when the queue is empty."""
+    """Algorithm 2 in closed form, N = ceil(busy / Theta), with a dead band of one instance downwards
+    and Theta fixed. Instances that run an interactive request are more under spreading, so N is
+    set by ceil(sum of u) instead: how many it would take, packed."""
 
     def __init__(self, config: FleetConfig) -> None:
         self._least = config.min_instances

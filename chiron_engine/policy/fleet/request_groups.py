@@ -42,7 +42,7 @@ class Totals:
         count = self.count
         if not count:
             return 0.0
-        costs = model.costs
+        costs = model.batch_costs
         cap = self.max_tokens / count
         output = min(outputs.mean, cap)
         square = min(outputs.mean_square, cap * cap)
@@ -57,7 +57,7 @@ class Totals:
         """Variance of that work, from the variance of the output lengths, seconds squared."""
         if not self.count:
             return 0.0
-        costs = model.costs
+        costs = model.batch_costs
         context = self.prompt / self.count + outputs.mean
         per_token = costs.per_request_s + (costs.per_kv_token_s + costs.base_s / model.kv_capacity) * context
         return self.count * outputs.variance * per_token**2

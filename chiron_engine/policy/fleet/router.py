@@ -1,4 +1,5 @@
-"""Which instance a request goes to (section 3 of the paper: packing, own type first, then mixed)."""
+"""Which instance an interactive request goes to (section 3 of the paper: packing, own type first,
+then mixed), and whether an instance has room for batch work."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from .load_index import LoadIndex
 from .messages import FleetRequest, Role
 
 CANDIDATES = 4
+"""Instances with room that are looked at for one with time for the prompt, whatever the fleet's size."""
 MOST_PREFIXES = 100_000
+"""Prefixes whose instance is remembered; the one used longest ago is forgotten first."""
 PREFILL_SHARE = 0.5
 """Of the TTFT slack, what the prompts before it on an instance may take."""
 LOOKAHEAD = 4
@@ -61,7 +64,7 @@ class Router:
             if preferred is not None and self._suits(preferred, tracked, target, share, now):
                 return preferred
             for role in SERVING:
-                for instance in self._with_room(self._indices[target, role], 1.0 - share):
+                for instance in self._candidates(self._indices[target, role], 1.0 - share):
                     if self._is_in_time(instance, request, now):
                         return instance
         return None
@@ -103,7 +106,7 @@ class Router:
         room = instance.room_s if instance.interactive else self._model.room_s(self._model.batch_itl_s)
         return added <= room
 
-    def _with_room(self, index: LoadIndex, most_load: float) -> Iterator[Instance]:
+    def _candidates(self, index: LoadIndex, most_load: float) -> Iterator[Instance]:
         """The fullest few, and where those have too many prompts to compute, the emptiest."""
         yield from islice(index.fullest_first(most_load), CANDIDATES)
         last = index.emptiest()
@@ -111,7 +114,8 @@ class Router:
             yield last
 
     def _suits(self, instance: Instance, tracked: Tracked, target: float, share: float, now: float) -> bool:
-        """Prefix affinity breaks the tie between instances that have room; it opens no new one."""
+        """Prefix affinity chooses among busy instances that have room: it opens no idle one, which
+        is in bucket 0, and none that is closed, which is in no bucket."""
         return (
             instance.bucket > 0
             and instance.target_s == target

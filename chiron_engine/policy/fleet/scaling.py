@@ -20,6 +20,10 @@ MOST_CLOSING_S = 120.0
 """How long a closing instance may finish its work before batch requests are taken back from it."""
 MOST_BACKOFF_S = 60.0
 THROUGHPUT_CV = 0.05
+MOST_BACKLOG = 0.5
+"""Of the load that fits, how much of what does not fit counts as load. A queue is requests that came
+too fast for a while, not a rate: it grows with every second that an instance loads, and an
+instance for each of its shares would come when it is long served."""
 
 
 class Scaling:
@@ -153,7 +157,7 @@ class Scaling:
             target_s=target_s,
             instances=len(pool),
             busy_instances=sum(bool(instance.interactive) for instance in pool),
-            load=sum(instance.load for instance in pool) + dispatcher.held_load(target_s),
+            load=_load(pool, dispatcher.held_load(target_s)),
             arrived_work_s=work,
             arrived_squares=squares,
         )
@@ -175,3 +179,10 @@ class Scaling:
         if instance.state is InstanceState.READY:
             return 0.0
         return max(self._config.tick_s, instance.launched_at + self._lead.seconds - now)
+
+
+def _load(pool: list[Instance], held: float) -> float:
+    """Sum of u, of which what is over 1 anywhere or held counts in bounds."""
+    fits = sum(min(1.0, instance.load) for instance in pool)
+    backlog = held + sum(max(0.0, instance.load - 1.0) for instance in pool)
+    return fits + min(backlog, MOST_BACKLOG * max(1.0, fits))

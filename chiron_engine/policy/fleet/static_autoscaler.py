@@ -6,7 +6,8 @@ from .fleet_view import Decision, FleetView, PoolTarget
 
 
 class StaticAutoscaler:
-    """N mixed instances at any load, all for the tightest ITL target, which serves every request."""
+    """N mixed instances at any load, all for the tightest ITL target, which serves every request.
+    Batch runs in what interactive work leaves of them. Reports the sum of u as busy."""
 
     def __init__(self, instances: int) -> None:
         self._instances = instances

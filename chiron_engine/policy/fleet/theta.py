@@ -6,18 +6,21 @@ from __future__ import annotations
 from collections import deque
 
 PRIOR_RATIO = 2.0
+LEARNED_LEADS = 20
+"""Load leads of history before the ratios are believed, and the prior is dropped."""
 LEAST_RATIO = 1.1
 MOST_RATIO = 4.0
 QUANTILE = 0.99
-LEARNED_LEADS = 20
 BIN = 0.01
 SETTLING_S = 120.0
 LEAST_DEMAND = 0.05
+"""Mean D, in instances, under which a ratio says nothing."""
 
 
 class Theta:
     """1 / r, with r the spike ratio: the 99th percentile over history of the largest D within one
-    load lead after a moment, over the mean D of the 60 s before it.
+    load lead after a moment, over the mean D of the 60 s before it (the paper's example: r = 3, so
+    Theta = 1/3). r is 2 until 20 L of history exist, and within [1.1, 4] always.
 
     A moment weighs as much as its demand, for SLOs are attained by requests, not by seconds: when
     next to nothing runs, a few requests more are a large ratio, and headroom for that ratio at
@@ -39,10 +42,10 @@ class Theta:
     def value(self) -> float:
         return 1.0 / self.ratio
 
-    def observe(self, busy: float, mean: float, lead_s: float) -> None:
+    def observe(self, demand: float, mean: float, lead_s: float) -> None:
         """One tick: D now, its mean over the last 60 s, and the load lead L."""
         lead_ticks = max(1, round(lead_s / self._tick_s))
-        self._push_peak(busy, lead_ticks)
+        self._push_peak(demand, lead_ticks)
         self._ticks += 1
         if self._ticks * self._tick_s <= SETTLING_S:
             return
@@ -52,11 +55,11 @@ class Theta:
         if self._ticks >= LEARNED_LEADS * lead_ticks and self._total:
             self.ratio = min(max(self._quantile(), LEAST_RATIO), MOST_RATIO)
 
-    def _push_peak(self, busy: float, lead_ticks: int) -> None:
+    def _push_peak(self, demand: float, lead_ticks: int) -> None:
         """Keeps the falling maxima of the last L: the first of them is the largest D."""
-        while self._peaks and self._peaks[-1][1] <= busy:
+        while self._peaks and self._peaks[-1][1] <= demand:
             self._peaks.pop()
-        self._peaks.append((self._ticks, busy))
+        self._peaks.append((self._ticks, demand))
         while self._peaks[0][0] <= self._ticks - lead_ticks:
             self._peaks.popleft()
 

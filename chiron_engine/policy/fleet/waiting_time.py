@@ -1,5 +1,10 @@
-"""When queued batch work will be done, and how many instances it takes to be in time (section 5;
-the estimator is QLM's: output-length distribution and token throughput)."""
+"""When queued batch work will be done, and how many instances it takes to be in time (section 5).
+
+The estimator is QLM's, W ~ Normal(q mu / T, q sigma^2 / T^2) with q requests ahead of output length
+mu +- sigma and T tokens per second. Work stands for tokens here, in seconds of one full instance
+(`CapacityModel.work_s`), as prompts and long contexts cost time too; T is then the number of full
+instances, and may change with time.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +24,9 @@ QUANTILE = 1.645
 class Throughput:
     """Batch work per second of the fleet over time, steps as instances become ready.
 
-    spare: what mixed instances deliver. rate: what one batch instance delivers. ready_in: seconds
-    until each batch instance is ready, 0 for those that are, ascending. cv: coefficient of
-    variation of the throughput itself.
+    spare: what mixed instances deliver. rate: what one batch instance delivers, 1 by the step model.
+    ready_in: seconds until each batch instance is ready, 0 for those that are, ascending. cv:
+    coefficient of variation of the throughput itself.
     """
 
     spare: float
