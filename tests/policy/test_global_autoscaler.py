@@ -145,7 +145,7 @@ def test_a_decrease_waits_for_the_window() -> None:
     for now in range(300):
         autoscaler.decide(view(now, pool(12, 6.0)))
     totals = [autoscaler.decide(view(now, pool(12, 1.0))).pools[0].total for now in range(300, 1100)]
-    assert set(totals[:550]) == {12} and totals[-1] <= 3
+    assert set(totals[:200]) == {12} and totals[-1] <= 3
 
 
 def test_loading_instances_count() -> None:

@@ -17,12 +17,21 @@ def observe(theta: Theta, demand: list[float]) -> None:
         theta.observe(busy, sum(before) / len(before), LEAD_S)
 
 
-def test_a_prior_until_enough_history() -> None:
+def test_history_lowers_the_prior_as_it_grows() -> None:
     theta = Theta(1.0)
-    observe(theta, [5.0] * int(LEARNED_LEADS * LEAD_S - 1))
-    assert theta.ratio == PRIOR_RATIO
-    theta.observe(5.0, 5.0, LEAD_S)
+    enough = int(LEARNED_LEADS * LEAD_S)
+    observe(theta, [5.0] * 120)
+    assert theta.ratio == PRIOR_RATIO, "starting up teaches nothing"
+    observe(theta, [5.0] * (enough * 3 // 4 - 120))
+    assert theta.ratio == pytest.approx(PRIOR_RATIO + 0.75 * (1.1 - PRIOR_RATIO))
+    observe(theta, [5.0] * (enough // 4))
     assert theta.ratio == pytest.approx(1.1)
+
+
+def test_history_raises_the_prior_at_once() -> None:
+    theta = Theta(1.0)
+    observe(theta, [1.0] * 125 + [3.0] + [1.0] * 15)
+    assert theta.ratio == pytest.approx(3.0, rel=0.02)
 
 
 def test_the_example_of_the_paper() -> None:

@@ -21,7 +21,7 @@ DEAD_BAND = 0.3
 DEAD_BAND_SHARE = 0.03
 """Instances, and share of them, by which D / Theta must pass the number decided before to be
 followed: a steady Poisson load makes the 60 s mean of D wander by some percent within minutes."""
-DECREASE_WINDOW_S = 600.0
+DECREASE_WINDOW_S = 240.0
 """Demand is remembered for this long at least before instances go. Over one load time alone a steady
 Poisson load would still send an instance away, and launch it again, about once an hour."""
 SAFE_TICKS = 2
@@ -60,8 +60,7 @@ class PoolScaling:
     def decide(self, pool: PoolView, now: float, lead_s: float) -> PoolTarget:
         """N* = max(D / Theta, ceil(D) + 1): the first from the mean D that Theta is a ratio to, the
         second from D now, a spare instance over it. An increase is followed at once, a decrease
-        when no D of the window contradicts it; D / Theta in either direction only until it is
-        within the dead band.
+        when no D of the window contradicts it; both only until they are within the dead band.
 
         Interactive-only are those that D of the whole window keeps full; the others lend what they
         have left to batch. (One that is full now and then would do so too, so ceil(D) is too many.)
@@ -75,11 +74,11 @@ class PoolScaling:
         self.theta.observe(demand.smooth, demand.mean, lead_s)
         window_s = max(lead_s, DECREASE_WINDOW_S)
         wanted = demand.mean * self.theta.ratio
-        needed = _ceil(demand.recent) + 1 if demand.recent > 0 or self._least else 0
-        most_wanted = self._wanted.push(wanted, now, window_s)
-        most_needed = self._needed.push(needed, now, window_s)
-        always_busy = -self._lowest_demand.push(-demand.smooth, now, window_s)
         band = DEAD_BAND + DEAD_BAND_SHARE * self._target
+        needed = self._with_spare(demand.recent - 0.5 * band)
+        most_wanted = self._wanted.push(wanted, now, window_s)
+        most_needed = self._needed.push(self._with_spare(demand.recent + 0.5 * band), now, window_s)
+        always_busy = -self._lowest_demand.push(-demand.smooth, now, window_s)
         if max(wanted - band, needed) > self._target:
             self._target = max(_ceil(wanted - band), needed)
         elif max(most_wanted + band, most_needed) <= self._target - 1:
@@ -87,6 +86,10 @@ class PoolScaling:
         self._target = max(self._target, self._least)
         interactive = max(0, min(int(always_busy), self._target - 1))
         return PoolTarget(pool.target_s, interactive, self._target - interactive)
+
+    def _with_spare(self, demand: float) -> int:
+        """ceil(D) + 1, or what is kept at any load."""
+        return _ceil(demand) + 1 if demand > 0 else self._least
 
 
 def _ceil(instances: float) -> int:

@@ -20,7 +20,8 @@ LEAST_DEMAND = 0.05
 class Theta:
     """1 / r, with r the spike ratio: the 99th percentile over history of the largest D within one
     load lead after a moment, over the mean D of the 60 s before it (the paper's example: r = 3, so
-    Theta = 1/3). r is 2 until 20 L of history exist, and within [1.1, 4] always.
+    Theta = 1/3). r is within [1.1, 4]. It starts at 2; until 20 L of history exist, what was learned
+    lowers it in proportion to the history there is, and raises it at once.
 
     A moment weighs as much as its demand, for SLOs are attained by requests, not by seconds: when
     next to nothing runs, a few requests more are a large ratio, and headroom for that ratio at
@@ -52,8 +53,10 @@ class Theta:
         self._means.append(mean)
         while len(self._means) > lead_ticks:
             self._weigh(self._peaks[0][1], self._means.popleft())
-        if self._ticks >= LEARNED_LEADS * lead_ticks and self._total:
-            self.ratio = min(max(self._quantile(), LEAST_RATIO), MOST_RATIO)
+        if self._total:
+            learned = min(max(self._quantile(), LEAST_RATIO), MOST_RATIO)
+            known = min(1.0, self._ticks / (LEARNED_LEADS * lead_ticks))
+            self.ratio = max(learned, PRIOR_RATIO + known * (learned - PRIOR_RATIO))
 
     def _push_peak(self, demand: float, lead_ticks: int) -> None:
         """Keeps the falling maxima of the last L: the first of them is the largest D."""
