@@ -1,4 +1,8 @@
-"""What a request asks of an instance, as a share of it and as work."""
+"""What a request asks of an instance, as a share of it (u, du) and as work.
+
+Symbols are those of the step model t = c + a n + b K + p P (`StepCosts`): n requests decode, K is
+the sum of their KV lengths, P the prompt tokens of the step; S is an ITL target.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,11 @@ from .config import FleetConfig
 from .messages import InstanceSpec
 
 LEARNING_RATE = 0.05
+"""Weight of one report, so that no single instance's fit moves the fleet."""
 MOST_DRIFT = 2.0
 LEAST_ROOM = 0.02
+"""Share of S that a step has for requests at least, where the base learned leaves none: loads stay
+finite."""
 
 
 class CapacityModel:
@@ -55,10 +62,12 @@ class CapacityModel:
         return StepCosts(*fields)
 
     def costs_at(self, target_s: float) -> StepCosts:
+        """Those of the regime that steps at this ITL target are in."""
         return self.batch_costs if target_s >= self.batch_itl_s else self.costs
 
     def room_s(self, target_s: float) -> float:
-        """Seconds of a step at this ITL target beyond those of an empty one."""
+        """S - c: seconds of a step at this ITL target beyond those of an empty one, S less its
+        margin."""
         return max(self._margin * target_s - self.costs_at(target_s).base_s, LEAST_ROOM * target_s)
 
     def added_s(self, prompt_tokens: float, output_tokens: float, target_s: float) -> float:
@@ -72,7 +81,8 @@ class CapacityModel:
         )
 
     def share(self, added_s: float, kv_tokens: float, target_s: float) -> float:
-        """du, the part of one instance that a request takes while it runs."""
+        """du = max(added / (S - c), KV / KV capacity, 1 / slots), the part of one instance that a
+        request takes while it runs."""
         share = max(added_s / self.room_s(target_s), kv_tokens / self.kv_capacity, 1.0 / self.max_slots)
         return min(1.0, share)
 

@@ -20,13 +20,21 @@ from .router import Router
 HELD_SHARE = 0.5
 """Of its TTFT slack, how long an interactive request waits for an instance with room."""
 MOST_FAILURES = 16
+"""Held requests that find no room before the others are not tried: they are much alike, and many may
+be held."""
 RAMP_S = 20.0
+"""Seconds that an instance new to batch work spends on prompts before tokens come at their rate."""
 
 Effects = list[FleetEffect]
 
 
 class Dispatcher:
-    """Routes requests at their arrival and whenever room appears. Effects are appended to `out`."""
+    """Routes requests at their arrival and whenever room appears. Effects are appended to `out`.
+
+    Interactive ones are never queued (section 3): the router finds an instance, or a batch one is
+    turned mixed; where neither is, they are held for a share of their TTFT slack. Batch ones join
+    the global queue, from which instances with room are filled.
+    """
 
     def __init__(
         self, config: FleetConfig, model: CapacityModel, instances: Instances, router: Router, lead_s: float

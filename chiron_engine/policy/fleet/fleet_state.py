@@ -32,7 +32,10 @@ from .messages import (
 from .router import Router
 from .scaling import Scaling
 
-NO_DECISION = Decision((), 0, 0.0, 1.0, 0.0, 0)
+NO_DECISION = Decision(
+    pools=(), batch=0, busy=0.0, theta=1.0, interactive_backpressure=0.0, batch_backpressure=0
+)
+"""What gauges show before the first tick."""
 
 
 class FleetState:

@@ -14,7 +14,7 @@ from .waiting_time import Throughput
 class PoolView:
     """Interactive and mixed instances of one ITL target. instances: those loading or ready, but
     not the ones that close. busy_instances: those with an interactive request. load: sum of u,
-    held requests included, backlog in bounds. arrived_work_s, arrived_squares: work of the
+    of which what is over 1 on an instance, or held, counts in bounds. arrived_work_s, arrived_squares: work of the
     interactive requests that came since the last tick, in seconds of one full instance, and the sum
     of its squares."""
 
@@ -69,7 +69,8 @@ class PoolTarget:
 @dataclass(frozen=True, slots=True)
 class Decision:
     """How many instances of each role to have, loading ones included, and the control quantities
-    it came from. busy: D; interactive_backpressure: IBP; batch_backpressure: BBP."""
+    it came from. busy: D, or what else the autoscaler counts as busy; interactive_backpressure: IBP,
+    that over interactive and mixed instances; batch_backpressure: BBP, late request groups."""
 
     pools: tuple[PoolTarget, ...]
     batch: int

@@ -1,4 +1,5 @@
-"""Carries out what the global autoscaler decides: launches, roles, closing and draining."""
+"""The tick: shows the fleet to the global autoscaler and carries out what it decides, launches, roles,
+closing and draining."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ MOST_CLOSING_S = 120.0
 """How long a closing instance may finish its work before batch requests are taken back from it."""
 MOST_BACKOFF_S = 60.0
 THROUGHPUT_CV = 0.05
+"""cv_T of the waiting time: how far the throughput to come may stray from the one measured."""
 MOST_BACKLOG = 0.5
 """Of the load that fits, how much of what does not fit counts as load. A queue is requests that came
 too fast for a while, not a rate: it grows with every second that an instance loads, and an
@@ -27,7 +29,11 @@ instance for each of its shares would come when it is long served."""
 
 
 class Scaling:
-    """Lives of instances from launch to exit, decided once a tick."""
+    """Lives of instances from launch to exit, decided once a tick.
+
+    An instance not needed is first closed: it gets no more requests, ends those it has, and may be
+    opened again. Once it is empty, or after MOST_CLOSING_S, it is drained, which is for good.
+    """
 
     def __init__(
         self,
