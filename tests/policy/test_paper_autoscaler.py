@@ -10,7 +10,7 @@ from chiron_engine.policy.iteration.autoscaler_inputs import EngineCapacity, Itl
 from chiron_engine.policy.iteration.paper_autoscaler import (
     INTERVAL_STEPS,
     Interval,
-    LiteralPaperAutoscaler,
+    PaperLiteralAutoscaler,
     PaperAutoscaler,
 )
 from tests.policy.iteration_plant import BATCH_1_S, COSTS, step_stats
@@ -20,7 +20,7 @@ TARGETS = ItlTargets(2.5 * BATCH_1_S, 2.0)
 
 
 def feed_interval(
-    autoscaler: LiteralPaperAutoscaler, n: int, itl_s: float, running: int | None = None
+    autoscaler: PaperLiteralAutoscaler, n: int, itl_s: float, running: int | None = None
 ) -> None:
     """One interval in which n requests decode, as many as may run unless `running` says otherwise."""
     for step in range(INTERVAL_STEPS):
@@ -38,7 +38,7 @@ def feed_interval(
 
 
 def test_growth_is_the_printed_formula() -> None:
-    autoscaler = LiteralPaperAutoscaler(CAPACITY, TARGETS)
+    autoscaler = PaperLiteralAutoscaler(CAPACITY, TARGETS)
     b = autoscaler.batch_size
     feed_interval(autoscaler, 8, TARGETS.interactive_s / 2)
     assert autoscaler.latency_backpressure == pytest.approx(0.5)
@@ -47,8 +47,8 @@ def test_growth_is_the_printed_formula() -> None:
     assert autoscaler.batch_size == pytest.approx(0.75 * b)
 
 
-@pytest.mark.parametrize("kind, halves", [(LiteralPaperAutoscaler, True), (PaperAutoscaler, False)])
-def test_a_fall_in_arrivals_does_not_halve_b(kind: type[LiteralPaperAutoscaler], halves: bool) -> None:
+@pytest.mark.parametrize("kind, halves", [(PaperLiteralAutoscaler, True), (PaperAutoscaler, False)])
+def test_a_fall_in_arrivals_does_not_halve_b(kind: type[PaperLiteralAutoscaler], halves: bool) -> None:
     autoscaler = kind(CAPACITY, TARGETS)
     feed_interval(autoscaler, 40, 0.6 * TARGETS.interactive_s)
     autoscaler.batch_size = 60.0
@@ -61,9 +61,9 @@ def test_a_fall_in_arrivals_does_not_halve_b(kind: type[LiteralPaperAutoscaler],
     assert (autoscaler.batch_size < b) == halves
 
 
-@pytest.mark.parametrize("kind, collapses", [(LiteralPaperAutoscaler, True), (PaperAutoscaler, False)])
+@pytest.mark.parametrize("kind, collapses", [(PaperLiteralAutoscaler, True), (PaperAutoscaler, False)])
 def test_b_that_the_engine_does_not_obey_does_not_walk_down(
-    kind: type[LiteralPaperAutoscaler], collapses: bool
+    kind: type[PaperLiteralAutoscaler], collapses: bool
 ) -> None:
     """With the number running not B's doing, throughput is noise, and every fall of it halves."""
     autoscaler = kind(CAPACITY, TARGETS)
@@ -79,7 +79,7 @@ def test_b_that_the_engine_does_not_obey_does_not_walk_down(
         assert lowest > 100
 
 
-class LatencyOnlyAutoscaler(LiteralPaperAutoscaler):
+class LatencyOnlyAutoscaler(PaperLiteralAutoscaler):
     """The printed rule without its TBP term, which some leave out."""
 
     def _tbp(self, interval: Interval) -> float:
@@ -87,7 +87,7 @@ class LatencyOnlyAutoscaler(LiteralPaperAutoscaler):
 
 
 @pytest.mark.parametrize("kind, grows", [(LatencyOnlyAutoscaler, True), (PaperAutoscaler, False)])
-def test_low_load_does_not_grow_b_beyond_capacity(kind: type[LiteralPaperAutoscaler], grows: bool) -> None:
+def test_low_load_does_not_grow_b_beyond_capacity(kind: type[PaperLiteralAutoscaler], grows: bool) -> None:
     autoscaler = kind(CAPACITY, TARGETS)
     for _ in range(80):
         feed_interval(autoscaler, 2, 0.3 * TARGETS.interactive_s, running=2)
@@ -106,7 +106,7 @@ def test_b_is_clipped_at_what_the_kv_cache_holds() -> None:
     assert autoscaler.batch_size == pytest.approx(9000 / 300)
 
 
-def toy_throughput(autoscaler: LiteralPaperAutoscaler, intervals: int = 400) -> tuple[float, float]:
+def toy_throughput(autoscaler: PaperLiteralAutoscaler, intervals: int = 400) -> tuple[float, float]:
     """Tokens a second, and share of steps over the SLO, of a noiseless plant in which B requests run,
     always; the first quarter is left out."""
     tokens = seconds = late = 0.0
@@ -129,7 +129,7 @@ def test_the_rule_as_printed_collapses_and_the_repair_does_not(ratio: float) -> 
     targets = ItlTargets(ratio * BATCH_1_S, 2.0)
     allowed = [n for n in range(1, 513) if COSTS.seconds(n, 300 * n) <= targets.interactive_s]
     best = max(n / COSTS.seconds(n, 300 * n) for n in allowed)
-    literal = LiteralPaperAutoscaler(CAPACITY, targets)
+    literal = PaperLiteralAutoscaler(CAPACITY, targets)
     toy_throughput(literal)
     assert literal.limits.max_running <= 2
     throughput, _ = toy_throughput(PaperAutoscaler(CAPACITY, targets))

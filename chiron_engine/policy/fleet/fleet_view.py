@@ -14,9 +14,9 @@ from .waiting_time import Throughput
 class PoolView:
     """Interactive and mixed instances of one ITL target. instances: those loading or ready, but
     not the ones that close. busy_instances: those with an interactive request. load: sum of u,
-    of which what is over 1 on an instance, or held, counts in bounds. arrived_work_s, arrived_squares: work of the
-    interactive requests that came since the last tick, in seconds of one full instance, and the sum
-    of its squares."""
+    of which what is over 1 on an instance, or held, counts in bounds. arrived_work_s,
+    arrived_squares: work of the interactive requests that came since the last tick, in seconds of
+    one full instance, and the sum of its squares."""
 
     target_s: float
     instances: int

@@ -11,7 +11,7 @@ from typing import Protocol
 from .adaptive_autoscaler import AdaptiveAutoscaler
 from .autoscaler_inputs import EngineCapacity, ItlTargets
 from .limits import Limits
-from .paper_autoscaler import LiteralPaperAutoscaler, PaperAutoscaler
+from .paper_autoscaler import PaperLiteralAutoscaler, PaperAutoscaler
 from .step_costs import StepCosts
 from .step_stats import StepStats
 
@@ -101,7 +101,7 @@ def make_local_autoscaler(
     if name == "paper":
         return PaperAutoscaler(capacity, targets, fixed.token_budget if fixed else None)
     if name == "paper-literal":
-        return LiteralPaperAutoscaler(capacity, targets, fixed.token_budget if fixed else None)
+        return PaperLiteralAutoscaler(capacity, targets, fixed.token_budget if fixed else None)
     if name == "fixed":
         return FixedAutoscaler(capacity, fixed)
     raise ValueError(f"unknown local autoscaler {name!r}; there are {', '.join(LOCAL_AUTOSCALERS)}")

@@ -8,7 +8,8 @@
 
 The paper leaves open the first B, the interval and the ITL statistic. Here B starts at INITIAL_B, an
 interval is INTERVAL_STEPS steps in which requests decoded, and ITL is the mean over the tokens of the
-interval. The algorithm sets no prompt budget: a step may take as many tokens as it is given.
+interval. (The growth line is also read as B + alpha / BP; as an average of B and B / BP its units
+are right.) The algorithm sets no prompt budget: a step may take as many tokens as it is given.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from .step_stats import StepStats
 ALPHA = 0.5
 INITIAL_B = 8.0
 INTERVAL_STEPS = 64
+"""Enough for a mean, and short against how long a request runs."""
 MOST_B = 1e12
 """Only keeps the unclipped B of the literal rule a finite number."""
 FIRST_NOISE = 0.1
+"""Relative change of throughput from one interval to the next while B stays; then measured."""
 NOISE_SMOOTHING = 0.25
 NOISE_DEVIATIONS = 2.0
-"""A fall in throughput counts beyond this many times what it changes by from one interval to the
-next while B stays."""
+"""TBP counts beyond 1 + this many times the noise."""
 
 
 class Interval:
@@ -68,7 +70,7 @@ class Interval:
         return max(1.0, self.kv_tokens / self.tokens)
 
 
-class LiteralPaperAutoscaler:
+class PaperLiteralAutoscaler:
     """Algorithm 1 as printed. Kept because its pathologies are what the repair is measured against."""
 
     def __init__(
@@ -146,7 +148,7 @@ class LiteralPaperAutoscaler:
         return limits
 
 
-class PaperAutoscaler(LiteralPaperAutoscaler):
+class PaperAutoscaler(PaperLiteralAutoscaler):
     """Algorithm 1, repaired.
 
     TBP counts only in the interval after B was *raised* (by a whole request), only above 1 + noise, and
