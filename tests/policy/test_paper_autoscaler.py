@@ -10,8 +10,8 @@ from chiron_engine.policy.iteration.autoscaler_inputs import EngineCapacity, Itl
 from chiron_engine.policy.iteration.paper_autoscaler import (
     INTERVAL_STEPS,
     Interval,
-    PaperLiteralAutoscaler,
     PaperAutoscaler,
+    PaperLiteralAutoscaler,
 )
 from tests.policy.iteration_plant import BATCH_1_S, COSTS, step_stats
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from .adaptive_autoscaler import AdaptiveAutoscaler
 from .autoscaler_inputs import EngineCapacity, ItlTargets
 from .limits import Limits
-from .paper_autoscaler import PaperLiteralAutoscaler, PaperAutoscaler
+from .paper_autoscaler import PaperAutoscaler, PaperLiteralAutoscaler
 from .step_costs import StepCosts
 from .step_stats import StepStats
 
