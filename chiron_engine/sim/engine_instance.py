@@ -27,6 +27,8 @@ from .token_gaps import TokenGaps
 LEAST_COASTING = 4
 """Steps that are worth to be left for later."""
 ENVELOPE_MARGIN = 0.95
+"""Coasting must end before anything can happen, so a step is taken to last this share of the lower
+envelope of step times: it lies below those measured, and may lie above one between them."""
 UNBOUNDED = 1 << 60
 """Queue bounds of a simulated engine: the fleet, not the engine, decides what it is sent."""
 
@@ -36,6 +38,11 @@ class EngineInstance:
 
     Interactive requests run to their end here or are lost with it; batch requests that are evicted
     leave, and what they saved stays until they come back or are forgotten.
+
+    due: when `complete_step` is to be called, None while nothing runs. awaited: the time for which an
+    event was last put on the heap for that. is_coasting: no step is under way as the heap sees it; steps
+    that change nothing are put off until `due` or until something comes in, then done at once, with
+    the results that stepping would have had.
     """
 
     def __init__(

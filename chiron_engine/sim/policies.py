@@ -1,4 +1,6 @@
-"""The policies of `chiron simulate`: a local autoscaler on every engine and a fleet policy."""
+"""The policies of `chiron simulate` that go by a name alone: a local autoscaler on every engine and a
+fleet policy, both of the paper, or both ours. (`clairvoyant` takes the lower bound's schedule as well.)
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ _LOCAL_AUTOSCALERS = {"chiron": "adaptive", "paper": "paper", "paper-literal": "
 
 
 def make_policy(name: str, local_autoscaler: str | None = None) -> SimPolicy:
-    """The policy of that name, perhaps with another local autoscaler. Raises ValueError for a name
-    that does not exist, and says which do."""
+    """The policy of that name, perhaps with another local autoscaler; a static fleet has ours. Raises
+    ValueError for a name that does not exist, and says which do."""
     static = _static_instances(name)
     if static is None and name not in _LOCAL_AUTOSCALERS:
         raise ValueError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}, N being a number")

@@ -16,6 +16,7 @@ Matrix = NDArray[np.float64]
 SHARE = 0.99
 """Of the prices found on a grid of steps; what is left covers the steps between its points."""
 _ADDED = 200
+"""Rows added to the linear program at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class StepPrices(TokenCounts):
     bounded by the KV capacity and, in a step that keeps an ITL SLO S, by S. For a linear plant
     t = c + a n + b K both of these are valid prices of a decoding token with context x:
     a + (b + c / KV capacity) x, as contexts in a step add up to at most the capacity; and, where the
-    step keeps S, (a + b x) S / (S - c), as a n + b K <= S - c. Prices chosen by `best_prices` are never
-    below those and hold for any plant.
+    step keeps S, (a + b x) S / (S - c), as a n + b K <= S - c. `best_prices` finds prices for
+    any plant; what it takes for the gaps of its grid aside, the whole workload costs no less at them.
     """
 
 
