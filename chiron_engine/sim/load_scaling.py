@@ -93,7 +93,7 @@ def scale_to_load(
 def _check_size(trace: Trace, load: float, copies: float) -> None:
     if copies * len(trace) > MAX_REQUESTS:
         raise ValueError(
-            f"{trace.name}: a load of {load:g} takes about {copies * len(trace):,.0f} requests;"
+            f"{trace.name}: a load of {load:g} takes about {copies * len(trace):,.9g} requests;"
             f" at most {MAX_REQUESTS:,} are possible"
         )
 

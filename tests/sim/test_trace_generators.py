@@ -98,6 +98,8 @@ def test_lengths_are_drawn_in_pairs(tmp_path: Path) -> None:
         ("gamma:rate=3", ["cv is missing"]),
         ("poisson:rate=3,burst=4", ["unknown option 'burst=4'"]),
         ("poisson:rate=3,rate=4", ["given twice"]),
+        ("poisson:rate=3,lengths=5/5,lengths=6/6", ["lengths is given twice"]),
+        ("poisson:rate=1e300", ["about 3.6e+303 requests"]),
         ("poisson:rate=-3", ["rate is '-3'", "over 0"]),
         ("poisson:rate=nan", ["rate is 'nan'"]),
         ("gamma:rate=3,cv=1000", ["cv is 1000", "0 to 100"]),

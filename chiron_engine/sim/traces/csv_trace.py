@@ -60,11 +60,6 @@ def _rows_of_class(table: TextTable, slo_class: SloClass | None) -> NDArray[np.b
     return chosen
 
 
-def has_lengths_only(path: Path) -> bool:
-    header = read_header(path)
-    return set(LENGTH_COLUMNS) <= set(header) and "arrival_s" not in header
-
-
 def read_csv_lengths(path: Path) -> tuple[Ints, Ints]:
     """Prompt and output tokens of a CSV file with or without arrivals. Raises TraceError."""
     if "TIMESTAMP" in read_header(path):
@@ -118,7 +113,10 @@ def _read_ours(path: Path, with_class: bool) -> TextTable:
         if "no column" not in str(error):
             raise
         azure = ", ".join(AZURE_COLUMNS)
-        raise TraceError(f"{error} (or, as Azure publishes them, {azure})") from error
+        others = f"(or, as Azure publishes them, {azure})"
+        if set(LENGTH_COLUMNS) <= set(read_header(path)):
+            others += f"; for lengths alone give a generator, as in poisson:rate=5,lengths={path}"
+        raise TraceError(f"{error} {others}") from error
 
 
 def _seconds_since_first(table: TextTable) -> Floats:

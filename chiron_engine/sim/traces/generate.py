@@ -79,22 +79,22 @@ def parse_spec(spec: str) -> TraceSpec:
     kind, _, rest = spec.partition(":")
     known = KINDS[kind]
     given: dict[str, float] = {}
-    lengths = DEFAULT_LENGTHS
+    lengths: str | None = None
     for part in filter(None, rest.split(",")):
         option, equals, value = part.partition("=")
         if not equals or (option not in known and option != "lengths"):
             raise TraceError(f"{spec}: unknown option {part!r}; {kind} takes {_usage(kind)}")
+        if option in given or (option == "lengths" and lengths is not None):
+            raise TraceError(f"{spec}: {option} is given twice")
         if option == "lengths":
             lengths = value
-        elif option in given:
-            raise TraceError(f"{spec}: {option} is given twice")
         else:
             given[option] = _number(spec, option, value)
     missing = [option for option, default in known.items() if default is None and option not in given]
     if missing:
         raise TraceError(f"{spec}: {', '.join(missing)} is missing; {kind} takes {_usage(kind)}")
     defaults = {option: default for option, default in known.items() if default is not None}
-    parsed = TraceSpec(spec, kind, defaults | given, lengths)
+    parsed = TraceSpec(spec, kind, defaults | given, DEFAULT_LENGTHS if lengths is None else lengths)
     _check_ranges(parsed)
     return parsed
 
@@ -131,7 +131,7 @@ def _check_ranges(parsed: TraceSpec) -> None:
     expected = options["count"] if parsed.kind == "burst" else _curve(parsed).total
     if expected > MAX_REQUESTS:
         raise TraceError(
-            f"{parsed.text}: about {expected:,.0f} requests; at most {MAX_REQUESTS:,} are possible"
+            f"{parsed.text}: about {expected:,.9g} requests; at most {MAX_REQUESTS:,} are possible"
         )
 
 

@@ -47,7 +47,7 @@ def load_lengths(spec: str) -> Lengths:
             f"unknown lengths {spec!r}; there are {', '.join(trace_names())},"
             " PROMPT/OUTPUT as in 512/128, or the path of a file"
         )
-    if path.suffix == ".jsonl":
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
         trace = read_mooncake(path)
         return Lengths(spec, prompts_of(trace), outputs_of(trace))
     return Lengths(spec, *read_csv_lengths(path))

@@ -10,7 +10,7 @@ from chiron_engine.policy.iteration.request import SloClass
 
 from .checks import TraceError
 from .columns import make_trace
-from .csv_trace import has_lengths_only, read_csv_lengths, read_csv_trace
+from .csv_trace import read_csv_lengths, read_csv_trace
 from .generate import KINDS, generate_trace, is_generated
 from .mooncake import read_mooncake, spread_ticks
 from .packaged import LENGTHS, TRACES, packaged_file, read_packaged, trace_names
@@ -25,8 +25,8 @@ def load_trace(
     """A packaged trace (`trace_names`), the path of a CSV (ours or Azure's, plain or .gz) or JSON-lines
     file (Mooncake's), or a generator's spec (`generate_trace`).
 
-    Arrivals recorded in coarse ticks are spread within them, by the seed. Lengths without arrivals
-    become a trace of every row once, in order, arriving evenly at random over `span_s` seconds: a
+    Arrivals recorded in coarse ticks are spread within them, by the seed. Packaged lengths without
+    arrivals become a trace of every row once, in order, arriving evenly at random over `span_s` seconds: a
     Poisson process given its number. Of a CSV file with a column slo_class the rows of `slo_class` are
     taken, if it is given, so that one file can hold both.
 
@@ -37,21 +37,19 @@ def load_trace(
     if spec in TRACES:
         return spread_ticks(read_packaged(spec), seed)
     if spec in LENGTHS:
-        return _lay_out(spec, packaged_file(spec), seed, span_s)
+        return _lay_out(spec, seed, span_s)
     path = Path(spec)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return spread_ticks(read_mooncake(path), seed)
     if path.name.endswith((".csv", ".csv.gz")):
-        if has_lengths_only(path):
-            return _lay_out(path.name.split(".")[0], path, seed, span_s)
         return spread_ticks(read_csv_trace(path, slo_class=slo_class), seed)
     raise TraceError(
-        f"unknown trace {spec!r}; there are {', '.join(trace_names())}, files ending in .csv, .csv.gz or"
-        f" .jsonl, and generators {', '.join(f'{kind}:...' for kind in KINDS)}"
+        f"unknown trace {spec!r}; there are {', '.join(trace_names())}, files ending in .csv, .csv.gz, .jsonl"
+        f" or .jsonl.gz, and generators {', '.join(f'{kind}:...' for kind in KINDS)}"
     )
 
 
-def _lay_out(name: str, path: Path, seed: int, span_s: float) -> Trace:
-    prompts, outputs = read_csv_lengths(path)
+def _lay_out(name: str, seed: int, span_s: float) -> Trace:
+    prompts, outputs = read_csv_lengths(packaged_file(name))
     arrivals = np.sort(np.random.default_rng(seed).uniform(0.0, span_s, len(prompts)))
     return make_trace(name, arrivals, prompts, outputs)

@@ -69,17 +69,24 @@ def _is_number(cell: str) -> bool:
 
 
 def read_header(path: Path) -> list[str]:
-    """Names of the columns. Raises TraceError for an empty file."""
+    """Names of the columns. Raises TraceError for an empty file, or one that does not start as CSV."""
     with open_text(path) as text:
-        header = next(csv.reader(text), None)
+        try:
+            header = next(csv.reader(text), None)
+        except csv.Error as error:
+            raise TraceError(f"{path}: the header is no valid CSV ({error})") from error
     if header is None:
         raise TraceError(f"{path}: the file is empty; the first line names the columns")
     return [name.strip() for name in header]
 
 
 def read_table(path: Path, wanted: tuple[str, ...]) -> TextTable:
-    """Raises TraceError that names the missing columns, or counts the rows with too few cells."""
+    """Raises TraceError that names the columns missing or there twice, or counts the rows with too few
+    cells."""
     header = read_header(path)
+    twice = [name for name in wanted if header.count(name) > 1]
+    if twice:
+        raise TraceError(f"{path}: column {', '.join(twice)} is there more than once; give it once")
     missing = [name for name in wanted if name not in header]
     if missing:
         raise TraceError(
