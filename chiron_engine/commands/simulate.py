@@ -83,14 +83,15 @@ def _run(
     bound: bool,
 ) -> tuple[list[PolicyRun], list[str]]:
     """The runs, and lines on what was run."""
-    from chiron_engine.sim.feasibility import batch_1_step_s, check_feasible
+    from chiron_engine.sim.feasibility import batch_1_step_s, check_feasible, check_length
     from chiron_engine.sim.profiles import load_profile
+    from chiron_engine.sim.watchdog import Stuck
+    from chiron_engine.sim.workload import capped_outputs
 
     from . import simulation
 
     with _input_errors():
-        if not (workload["interactive"] or workload["batch"]):
-            raise ValueError("give a trace: --interactive TRACE, --batch TRACE or both (--list names some)")
+        _check_traces_given(workload, slo)
         profile = load_profile(profile_name)
         settings = world_settings(fleet, world)
         simulation.check_policies(policy_names, fleet["local_autoscaler"], profile, settings)
@@ -99,21 +100,38 @@ def _run(
         asked = simulation.load_workload(
             workload["interactive"], workload["batch"], slos, seed, workload["duration"]
         )
+        check_length(asked, settings)
+        if settings.max_output_tokens is not None:
+            asked = capped_outputs(asked, settings.max_output_tokens)
         for remark in check_feasible(asked, profile, settings.max_gpus):
             note(f"chiron: {remark}")
         scaled = simulation.scale_workload(asked, profile, workload["load"], workload["batch_load"], seed)
-    runs = simulation.run_policies(
-        scaled,
-        profile_name,
-        policy_names,
-        settings,
-        seed,
-        local_autoscaler=fleet["local_autoscaler"],
-        bound=bound,
-        load=workload["load"],
-        batch_load=workload["batch_load"],
-    )
+    try:
+        runs = simulation.run_policies(
+            scaled,
+            profile_name,
+            policy_names,
+            settings,
+            seed,
+            local_autoscaler=fleet["local_autoscaler"],
+            bound=bound,
+            load=workload["load"],
+            batch_load=workload["batch_load"],
+        )
+    except Stuck as error:
+        raise CommandError(str(error)) from error
     return runs, simulation.describe(scaled, profile_name, runs[0].summary)
+
+
+def _check_traces_given(workload: dict[str, Any], slo: dict[str, Any]) -> None:
+    if not (workload["interactive"] or workload["batch"]):
+        raise ValueError("give a trace: --interactive TRACE, --batch TRACE or both (--list names some)")
+    of_batch = {"--batch-load": workload["batch_load"], "--batch-deadline": slo["batch_deadline"]}
+    for flag, value in of_batch.items():
+        if value is not None and not workload["batch"]:
+            raise ValueError(
+                f"{flag} says something of batch requests, and there are none; give --batch TRACE"
+            )
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from random import Random
 
+LARGEST_SLOW_FACTOR = 1000.0
+
 
 @dataclass(frozen=True, slots=True)
 class FaultSettings:
@@ -28,8 +30,10 @@ class FaultSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{name} is {value}; it must be finite and not negative")
-        if not self.slow_factor >= 1.0:
-            raise ValueError(f"slow_factor is {self.slow_factor}; it must be at least 1")
+        if not 1.0 <= self.slow_factor <= LARGEST_SLOW_FACTOR:
+            raise ValueError(
+                f"slow_factor is {self.slow_factor}; it must be from 1 to {LARGEST_SLOW_FACTOR:g}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from .profile import Profile
 from .workload import Stream, Workload
+from .world_settings import WorldSettings
 
 BATCH_1_CONTEXT = 1024
 """Tokens of context at which the batch-1 step is taken, the unit of ITL SLOs such as 1.5x."""
+MOST_PERIODS = 3_000_000
+"""A month of seconds. Each takes some 0.1 ms and 1 kB."""
 
 
 def batch_1_step_s(profile: Profile) -> float:
@@ -48,6 +51,18 @@ def check_feasible(workload: Workload, profile: Profile, max_gpus: int) -> list[
     if workload.batch is not None:
         remarks += _check_batch(workload.batch, profile)
     return remarks
+
+
+def check_length(workload: Workload, settings: WorldSettings) -> None:
+    """Raises ValueError for a run of more ticks or reports of an instance than can be paid for."""
+    period_s = min(settings.tick_s, settings.telemetry_s)
+    for stream in workload.streams:
+        trace = stream.trace
+        if trace.span_s > MOST_PERIODS * period_s:
+            raise ValueError(
+                f"the last request of {trace.name} arrives at {trace.span_s:g} s; at most "
+                f"{MOST_PERIODS * period_s:g} s can be simulated at a tick of {settings.tick_s:g} s"
+            )
 
 
 def largest_request(profile: Profile) -> int:

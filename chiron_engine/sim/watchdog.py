@@ -49,5 +49,6 @@ def _message(left: list[int], now: float, instances: int) -> str:
     more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
     return (
         f"nothing serves the {len(left)} requests that are left at {now:.0f} s (ids {names}{more}) though "
-        f"they are overdue; the policy keeps {instances} instances, and it must keep or start one that can"
+        f"they are overdue; there are {instances} instances now, and some must be started and last long "
+        "enough to serve"
     )

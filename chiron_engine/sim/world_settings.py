@@ -9,6 +9,10 @@ from .faults import FaultSettings
 
 NO_FAULTS = FaultSettings()
 
+# Beyond these a run would not end, or its figures would be rounding errors.
+LARGEST = {"load_time_s": 86400.0, "rpc_delay_s": 60.0, "tick_s": 3600.0, "step_noise": 2.0}
+SHORTEST_PERIOD_S = 1e-3
+
 
 @dataclass(frozen=True, slots=True)
 class WorldSettings:
@@ -43,10 +47,13 @@ class WorldSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("telemetry_s", "tick_s"):
             _require_finite(name, getattr(self, name))
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+            if getattr(self, name) < SHORTEST_PERIOD_S:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {SHORTEST_PERIOD_S}")
         for name in ("load_time_s", "rpc_delay_s", "host_kv_share", "step_noise"):
             _require_finite(name, getattr(self, name))
+        for name, most in LARGEST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {getattr(self, name):g}; it must be at most {most:g}")
         if not 0.0 <= self.load_jitter <= 1.0:
             raise ValueError(f"load_jitter is {self.load_jitter}; it must be between 0 and 1")
         if self.initial_instances is not None and self.initial_instances < 0:

@@ -124,6 +124,17 @@ BAD_OPTIONS = [
     (["--interactive", "poisson:duration=4"], "rate is missing"),
     (["--interactive", "poisson:rate=0.01,duration=1000", "--duration", "0.001"], "first 0.001 s"),
     (["--interactive", SMALL, "--plot", "figure.jpeg"], ".png"),
+    (["--interactive", "burst:count=2,over=1e300"], "at most 3e+06 s can be simulated"),
+    (["--interactive", "burst:count=2,over=10000", "--tick", "1ms"], "at most 3000 s can be simulated"),
+    (["--interactive", SMALL, "--tick", "1e-300"], "tick_s is 1e-300; it must be at least 0.001"),
+    (["--interactive", SMALL, "--tick", "1e300"], "tick_s is 1e+300; it must be at most 3600"),
+    (["--interactive", SMALL, "--noise", "30"], "step_noise is 30; it must be at most 2"),
+    (["--interactive", SMALL, "--rpc-delay", "1e300"], "rpc_delay_s is 1e+300; it must be at most 60"),
+    (["--interactive", SMALL, "--load-time", "1e300"], "load_time_s is 1e+300; it must be at most 86400"),
+    (["--interactive", SMALL, "--slow-factor", "1e9"], "it must be from 1 to 1000"),
+    (["--interactive", SMALL, "--batch-load", "2"], "--batch-load says something of batch requests"),
+    (["--interactive", SMALL, "--batch-deadline", "5"], "--batch-deadline says something of batch requests"),
+    (["--interactive", "poisson:rate=5,lengths=1/200000", "--max-tokens", "200000"], "do not fit"),
     (["--interactive", SMALL, "--plot", "/no/such/folder/figure.png"], "/no/such/folder"),
     (["--interactive", SMALL, "--json", "/no/such/folder/out.json"], "/no/such/folder"),
 ]
@@ -222,6 +233,25 @@ def test_a_request_that_cannot_attain_is_remarked_on(simulate: Any, tmp_path: Pa
     outcome = simulate("--interactive", str(trace), "--ttft-slo", "1", "--no-bound")
     assert outcome.code == 0
     assert "1 of 2 requests of trace cannot meet the TTFT SLO" in outcome.err
+
+
+def test_a_fleet_that_never_serves_ends_with_a_word(simulate: Any) -> None:
+    outcome = simulate("--batch", BATCH, "--failed-launches", "1", "--batch-deadline", "60", "--no-bound")
+    assert outcome.code == 1
+    assert outcome.err.startswith("chiron: nothing serves the 100 requests that are left")
+    assert outcome.err.count("\n") == 1
+    assert outcome.out == ""
+
+
+def test_what_is_capped_is_weighed_as_capped(simulate: Any) -> None:
+    """The lower bound and the checks count the outputs that are served."""
+    long = "poisson:rate=2,duration=30,lengths=100/200000"
+    outcome = simulate("--interactive", long, "--max-tokens", "10", "--json", "-")
+    assert outcome.code == 0, outcome.err
+    figures = json.loads(outcome.out)
+    assert figures["lower_bound_gpu_hours"] <= figures["gpu_hours"]
+    short = json.loads(simulate("--interactive", long.replace("200000", "10"), "--json", "-").out)
+    assert figures["lower_bound_gpu_hours"] == short["lower_bound_gpu_hours"]
 
 
 def test_one_file_may_hold_both_classes(simulate: Any, tmp_path: Path) -> None:
