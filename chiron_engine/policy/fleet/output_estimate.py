@@ -1,4 +1,5 @@
-"""Expected output length of a class, learned from the requests that finished."""
+"""Expected output length of a class, learned from the requests that finished: mu and sigma of the
+waiting time, and the output that u counts on."""
 
 from __future__ import annotations
 

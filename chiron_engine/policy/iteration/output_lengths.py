@@ -1,4 +1,8 @@
-"""How long outputs get, learned from those that finished."""
+"""How long outputs get, learned from those that finished on one engine.
+
+For admission: too low a guess costs evictions, so it is a high one. The fleet's estimate
+(`fleet/output_estimate.py`) is for sums of work, and a mean.
+"""
 
 from __future__ import annotations
 

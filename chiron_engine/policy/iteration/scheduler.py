@@ -26,7 +26,10 @@ from .request import FinishReason, Request, RequestState, SloClass
 from .waiting_queue import WaitingQueue, priority
 
 WATERMARK = 0.01
+"""Share of the device's blocks that a newcomer must leave free, for those that run to grow into."""
 MAX_EVICTIONS = 3
+"""How often in one stay on an engine a batch request gives way to an interactive one that wants its
+place, so that it gets on; lower limits, and blocks that run short, take it all the same."""
 ENDED = (RequestState.FINISHED, RequestState.LEFT)
 
 

@@ -18,12 +18,13 @@ PRIOR_WEIGHT = 50
 BIN = 0.0025
 """Width of a bin in the logarithm of the ratio."""
 HALF_BINS = 600
+"""On either side of a ratio of 1: up to four and a half times the model's time, or down to that part."""
 BINS = 2 * HALF_BINS
 
 
 class StepTail:
-    """Ratios of step times to the model's, over the last WINDOW steps. O(1) a step: a histogram, the
-    ring of what is in it, and a cursor that follows the percentile."""
+    """Ratios of step times to the model's, over the last WINDOW steps shown to it. O(1) a step: a
+    histogram, the ring of what is in it, and a cursor that follows the percentile."""
 
     __slots__ = ("_above", "_bins", "_cursor", "_next", "_ring", "_squares", "samples")
 
