@@ -7,7 +7,7 @@ from collections import deque
 
 PRIOR_RATIO = 2.0
 LEARNED_LEADS = 20
-"""Load leads of history before the ratios are believed, and the prior is dropped."""
+"""Load leads of history from which on the ratios are believed in full."""
 LEAST_RATIO = 1.1
 MOST_RATIO = 4.0
 QUANTILE = 0.99
