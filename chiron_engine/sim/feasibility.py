@@ -33,8 +33,9 @@ def prefill_s(profile: Profile, tokens: int) -> float:
     return seconds
 
 
-def check_feasible(workload: Workload, profile: Profile, max_gpus: int) -> list[str]:
-    """Remarks on requests that cannot attain their objectives whatever the policy does.
+def check_feasible(workload: Workload, profile: Profile, max_gpus: int, block_size: int = 64) -> list[str]:
+    """Remarks on requests that cannot attain their objectives whatever the policy does. block_size:
+    of KV, in tokens.
 
     Raises ValueError for a fleet that holds no instance, for requests larger than any instance,
     and for an objective that no request of its class can meet.
@@ -44,7 +45,7 @@ def check_feasible(workload: Workload, profile: Profile, max_gpus: int) -> list[
             f"max_gpus is {max_gpus}, but one instance of {profile.name} takes {_count(profile.gpus, 'GPU')}"
         )
     for stream in workload.streams:
-        _check_sizes(stream, profile)
+        _check_sizes(stream, profile, block_size)
     remarks: list[str] = []
     if workload.interactive is not None:
         remarks += _check_interactive(workload.interactive, profile)
@@ -65,13 +66,13 @@ def check_length(workload: Workload, settings: WorldSettings) -> None:
             )
 
 
-def largest_request(profile: Profile) -> int:
-    """Tokens, prompt and output, that one request may hold."""
-    return min(profile.kv_capacity_tokens, profile.max_model_len)
+def largest_request(profile: Profile, block_size: int = 1) -> int:
+    """Tokens, prompt and output, that one request may hold in whole blocks."""
+    return min(profile.kv_capacity_tokens // block_size * block_size, profile.max_model_len)
 
 
-def _check_sizes(stream: Stream, profile: Profile) -> None:
-    trace, room = stream.trace, largest_request(profile)
+def _check_sizes(stream: Stream, profile: Profile, block_size: int) -> None:
+    trace, room = stream.trace, largest_request(profile, block_size)
     prompts, outputs = _columns(stream)
     too_large = np.flatnonzero(prompts + outputs > room)
     if not len(too_large):
