@@ -129,6 +129,7 @@ class World:
     def _finish(self, extrapolated_before: int) -> None:
         result = self._result
         result.end_s = self._book.last_served_s
+        result.samples.append(self._sample())  # what ended since the last tick, too
         for engine in self._engines.values():
             engine.stop_coasting(self._events.now)
             self._count(engine)
