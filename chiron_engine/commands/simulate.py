@@ -61,6 +61,8 @@ def simulate(
     error with --json -.
     """
     if listing:
+        with _input_errors():
+            _check_outputs(json_file, None)
         _list_names(json_file)
         return
     with _input_errors():
@@ -103,7 +105,7 @@ def _run(
         check_length(asked, settings)
         if settings.max_output_tokens is not None:
             asked = capped_outputs(asked, settings.max_output_tokens)
-        for remark in check_feasible(asked, profile, settings.max_gpus):
+        for remark in check_feasible(asked, profile, settings.max_gpus, settings.block_size):
             note(f"chiron: {remark}")
         scaled = simulation.scale_workload(asked, profile, workload["load"], workload["batch_load"], seed)
     try:
@@ -190,7 +192,8 @@ def _write(json_file: str | None, runs: Sequence[PolicyRun]) -> None:
 
 def _write_text(json_file: str, text: str) -> None:
     if json_file == STDOUT:
-        print(text)
+        with _output_errors():
+            print(text, flush=True)
         return
     try:
         Path(json_file).write_text(text + "\n", encoding="utf-8")
@@ -212,5 +215,20 @@ def _print(runs: Sequence[PolicyRun], lines: Sequence[str], json_file: str | Non
     from chiron_engine.sim.report import print_table
 
     file = sys.stderr if json_file == STDOUT else sys.stdout
-    print(*lines, sep="\n", file=file)
-    print_table([run.summary for run in runs], file)
+    if file is None:  # closed by whoever started the command
+        return
+    with _output_errors():
+        print(*lines, sep="\n", file=file)
+        print_table([run.summary for run in runs], file)
+        file.flush()
+
+
+@contextmanager
+def _output_errors() -> Iterator[None]:
+    """A reader that has left ends the command quietly, as everywhere; a full disk is told."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CommandError(f"the output cannot be written: {error.strerror or error}") from error

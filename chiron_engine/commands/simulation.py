@@ -253,7 +253,8 @@ def describe(workload: Workload, profile_name: str, summary: Mapping[str, Any]) 
 
 def _arrivals(stream: Stream, demand: float | None, dispersion_10s: float | None) -> str:
     trace = stream.trace
-    text = f"{len(trace):,} requests of {trace.name} in {trace.span_s:,.0f} s"
+    requests = "request" if len(trace) == 1 else "requests"
+    text = f"{len(trace):,} {requests} of {trace.name} in {trace.span_s:,.6g} s"
     if demand is not None:
         text += f", mean demand {demand:.3g} instances"
     if dispersion_10s is not None:
@@ -264,5 +265,5 @@ def _arrivals(stream: Stream, demand: float | None, dispersion_10s: float | None
 def _promise(stream: Stream) -> str:
     slo = stream.slo
     if stream.slo_class is SloClass.BATCH:
-        return f"complete {stream.completion_s:,.0f} s after arrival"
+        return f"complete {stream.completion_s:,.6g} s after arrival"
     return f"TTFT SLO {slo.ttft_s:g} s, ITL SLO {slo.itl_s * 1e3:.4g} ms"

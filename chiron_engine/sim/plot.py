@@ -29,6 +29,8 @@ def check_plot_path(path: Path) -> None:
         raise ValueError(f"the plot {str(path)!r} must end in one of {', '.join(PLOT_SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"the folder of the plot {str(path)!r} does not exist")
+    if path.is_dir():
+        raise ValueError(f"the plot {str(path)!r} is a folder; name a file")
 
 
 def plot_runs(runs: Sequence[PlottedRun], path: Path, *, subtitle: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from chiron_engine.cli import main
 from chiron_engine.commands.durations import format_duration, parse_duration
 from chiron_engine.commands.simulation_options import itl_seconds
-from tests.cli.chiron_process import chiron
+from tests.cli.chiron_process import CHIRON, chiron
 
 SMALL = "poisson:rate=4,duration=60,lengths=512/32"
 BATCH = "burst:count=100,lengths=1000/50"
@@ -136,6 +137,7 @@ BAD_OPTIONS = [
     (["--interactive", SMALL, "--batch-deadline", "5"], "--batch-deadline says something of batch requests"),
     (["--interactive", "poisson:rate=5,lengths=1/200000", "--max-tokens", "200000"], "do not fit"),
     (["--interactive", SMALL, "--plot", "/no/such/folder/figure.png"], "/no/such/folder"),
+    (["--list", "--json", "/no/such/folder/out.json"], "/no/such/folder"),
     (["--interactive", SMALL, "--json", "/no/such/folder/out.json"], "/no/such/folder"),
 ]
 
@@ -233,6 +235,30 @@ def test_a_request_that_cannot_attain_is_remarked_on(simulate: Any, tmp_path: Pa
     outcome = simulate("--interactive", str(trace), "--ttft-slo", "1", "--no-bound")
     assert outcome.code == 0
     assert "1 of 2 requests of trace cannot meet the TTFT SLO" in outcome.err
+
+
+def test_a_folder_is_no_plot(simulate: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    outcome = simulate("--interactive", SMALL, "--plot", str(tmp_path / "a.png"))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "is a folder" in outcome.err
+
+
+def test_a_run_shorter_than_a_tick_has_a_plot(simulate: Any, tmp_path: Path) -> None:
+    plot = tmp_path / "a.svg"
+    outcome = simulate("--interactive", "burst:count=1,lengths=100/2", "--no-bound", "--plot", str(plot))
+    assert outcome.code == 0, outcome.err
+    assert "1 request of burst" in outcome.out
+    assert plot.is_file()
+
+
+@pytest.mark.parametrize("json_file", [[], ["--json", "-"]])
+def test_a_full_disk_is_told_on_one_line(json_file: list[str]) -> None:
+    command = [*CHIRON, "simulate", "--interactive", SMALL, *json_file]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr == "chiron: the output cannot be written: No space left on device\n"
 
 
 def test_a_fleet_that_never_serves_ends_with_a_word(simulate: Any) -> None:
