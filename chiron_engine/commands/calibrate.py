@@ -68,7 +68,8 @@ def calibrate(
             source=f"fitted to {found.used} steps of {log.name}",
         )
     try:
-        write_linear_profile(out, profile, found.measured)
+        with usage_errors():
+            write_linear_profile(out, profile, found.measured)
     except OSError as error:
         raise CommandError(f"the profile cannot be written to {out}: {error.strerror}") from error
     _report(out, profile, found)

@@ -23,6 +23,7 @@ LEAST_VARIETY = 0.02
 COUNTS = ("step", "decode_requests", "kv_tokens", "prefill_tokens", "prefill_context", "running", "waiting")
 NUMBERS = (*COUNTS, "time", "swap_out_blocks", "swap_in_blocks", "max_running", "token_budget")
 NUM_COLUMNS = 5
+LARGEST_NUMBER = 1e15
 
 # What tells each cost but the first apart.
 VARIETY = (
@@ -66,12 +67,19 @@ def read_step_log(path: Path) -> list[dict[str, float]]:
                 continue
             try:
                 row = json.loads(line)
-                rows.append({name: float(row[name]) for name in NUMBERS})
+                rows.append({name: _number(name, row[name]) for name in NUMBERS})
             except KeyError as error:
                 raise CalibrationError(f"{path}, line {number}: the step lacks {error.args[0]!r}") from error
             except (ValueError, TypeError) as error:
                 raise CalibrationError(f"{path}, line {number}: no step of a step log: {error}") from error
     return rows
+
+
+def _number(name: str, value: object) -> float:
+    number = float(value)  # type: ignore[arg-type]
+    if not 0 <= number <= LARGEST_NUMBER:
+        raise ValueError(f"{name} is {number:g}; it must be from 0 to {LARGEST_NUMBER:g}")
+    return number
 
 
 def calibrate(rows: list[dict[str, float]]) -> Calibration:

@@ -36,7 +36,8 @@ def read_profile(text: str, where: str) -> Profile:
 
 
 def write_linear_profile(path: Path, profile: Profile, measured: StepRegion) -> None:
-    """Write a profile whose plant is `profile.fit`, seen within `measured`."""
+    """Write a profile whose plant is `profile.fit`, seen within `measured`. Raises InvalidProfile for
+    one that could not be read again, and writes nothing then."""
     fields = {
         "name": profile.name,
         "kind": "linear",
@@ -46,7 +47,9 @@ def write_linear_profile(path: Path, profile: Profile, measured: StepRegion) -> 
         "costs": asdict(profile.fit),
         "measured": asdict(measured),
     }
-    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(fields, indent=1) + "\n"
+    read_profile(text, profile.name)
+    path.write_text(text, encoding="utf-8")
 
 
 _NUMBERS = (

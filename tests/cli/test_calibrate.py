@@ -36,6 +36,7 @@ def test_a_step_log_becomes_a_profile(tmp_path: Path) -> None:
         (["{log}"], 2, "--out"),
         (["{short}", "--out", "x"], 2, "at least 200 are needed"),
         (["{log}", "--out", "/no/such/folder/x"], 1, "cannot be written"),
+        (["{log}", "--out", "x", "--kv-bytes-per-token", "9" * 18], 2, "copy_s_per_kv_token is"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:

@@ -77,3 +77,13 @@ def test_what_is_no_step_log_is_refused_by_line(tmp_path: Path, line: str, messa
     log.write_text(step_log(tmp_path / "good").read_text().splitlines()[0] + "\n" + line + "\n")
     with pytest.raises(CalibrationError, match=message):
         read_step_log(log)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", "1e300"])
+def test_numbers_that_no_step_has_are_refused(tmp_path: Path, value: str) -> None:
+    path = step_log(tmp_path / "log")
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[6]) | {"kv_tokens": json.loads(value)}
+    path.write_text("\n".join([*lines[:6], json.dumps(row), *lines[7:]]))
+    with pytest.raises(CalibrationError, match=r"line 7: no step of a step log: kv_tokens is .* from 0 to"):
+        read_step_log(path)
