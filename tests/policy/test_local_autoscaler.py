@@ -150,7 +150,7 @@ def test_a_plateau_is_found_by_trying() -> None:
     slo_s = COSTS.seconds(60, 60 * 200) + 4.8e-3
     autoscaler = AdaptiveAutoscaler(CAPACITY, ItlTargets(slo_s, 2.0), StepCosts(6e-3, 1e-5, 4e-8, 2.4e-4))
     plant = Plant(autoscaler, plateau, level=40)
-    plant.run(4000)
+    plant.run(8000)
     assert late_share(plant, slo_s) <= 0.01
     assert autoscaler.limits.token_budget - len(plant.decoding) > 40
 
