@@ -11,6 +11,7 @@ from chiron_engine.policy.fleet.messages import (
     FleetEvent,
     InstanceReported,
     InstanceState,
+    MeasuredStep,
     RequestEvicted,
     RequestFinished,
     Role,
@@ -73,6 +74,7 @@ class EngineInstance:
         self._stepping = False
         self._last_commit = 0.0
         self._itl_s = 0.0
+        self._last_step: StepStats | None = None
         self._batch_tokens = 0
         self._output_tokens = 0
 
@@ -311,6 +313,8 @@ class EngineInstance:
         self._output_tokens += stats.decode_requests
         self._batch_tokens += stats.itl_batch
         self._itl_s = stats.itl_s
+        if stats.decode_requests and not (stats.swap_in_blocks or stats.swap_out_blocks):
+            self._last_step = stats
         if stats.itl_interactive:
             self._gaps.step(stats.time, stats.itl_s, stats.itl_interactive)
 
@@ -371,7 +375,7 @@ class EngineInstance:
             batch_tokens_total=self._batch_tokens,
             output_tokens_total=self._output_tokens,
             preemptions_total=scheduler.num_preemptions,
-            costs=self._autoscaler.costs,
+            last_step=_measured(self._last_step),
             latency_backpressure=self._autoscaler.latency_backpressure,
             throughput_backpressure=self._autoscaler.throughput_backpressure,
         )
@@ -413,3 +417,11 @@ def _engine_request(live: LiveRequest) -> Request:
 
 _NO_TOKENS: array[int] = array("I")
 """Shared: with an executor that yields no token values nothing is ever appended."""
+
+
+def _measured(stats: StepStats | None) -> MeasuredStep | None:
+    if stats is None:
+        return None
+    return MeasuredStep(
+        stats.device_s, stats.decode_requests, stats.kv_tokens, stats.prefill_tokens, stats.prefill_context
+    )

@@ -9,11 +9,12 @@ from __future__ import annotations
 from chiron_engine.policy.iteration.step_costs import StepCosts
 
 from .config import FleetConfig
-from .messages import InstanceSpec
+from .messages import InstanceSpec, MeasuredStep
 
 LEARNING_RATE = 0.05
-"""Weight of one report, so that no single instance's fit moves the fleet."""
+"""Weight of one report, so that no single instance moves the fleet."""
 MOST_DRIFT = 2.0
+"""Factor by which steps may be slower or faster than the spec says, in the model's eyes."""
 LEAST_ROOM = 0.02
 """Share of S that a step has for requests at least, where the base learned leaves none: loads stay
 finite."""
@@ -23,16 +24,19 @@ class CapacityModel:
     """An instance is full when its steps reach the ITL target, its KV or its slots, whichever
     comes first; a step takes base + the sum of what each request adds to it.
 
-    The step costs are the spec's until instances report fitted ones, and stay within a factor of
-    two of them: a fit at one operating point may swap one coefficient for another. `costs` are
-    those of steps that keep an interactive ITL target, `batch_costs` those of the long steps of
-    batch work: true step times are no straight line, so each regime has its own.
+    Step costs are the spec's, times how much slower the steps of instances are than it says. Only
+    that factor is learned: steps at one operating point tell the time there and near it, but not
+    which coefficient it comes from, and u hangs on S - c. `costs` are for steps that keep an
+    interactive ITL target, `batch_costs` for the long steps of batch work: true step times are no
+    straight line, so each regime has its own factor.
     """
 
     def __init__(self, spec: InstanceSpec, config: FleetConfig) -> None:
         self.spec = spec
         self.costs = spec.costs
         self.batch_costs = spec.costs
+        self._slowness = 1.0
+        self._batch_slowness = 1.0
         self.kv_capacity = float(spec.kv_capacity_tokens)
         self.max_slots = spec.max_slots
         self.batch_itl_s = config.batch_itl_s
@@ -45,21 +49,20 @@ class CapacityModel:
                     f"{1e3 * spec.costs.base_s / self._margin:.3g} ms"
                 )
 
-    def learn(self, reported: StepCosts, interactive_load: float) -> None:
-        """Blend in the step model that an instance with this u of interactive work fitted online:
-        the fuller it is, the nearer are its steps to those that matter."""
+    def learn(self, step: MeasuredStep, interactive_load: float) -> None:
+        """Take in a step of an instance with this u of interactive work: the fuller it is, the nearer
+        to the steps that matter."""
+        expected = self.spec.costs.seconds(
+            step.requests, step.kv_tokens, step.prompt_tokens, step.prompt_context
+        )
+        slowness = min(max(step.seconds / expected, 1.0 / MOST_DRIFT), MOST_DRIFT)
         if interactive_load > 0:
             weight = LEARNING_RATE * min(1.0, interactive_load)
-            self.costs = self._blended(self.costs, reported, weight)
+            self._slowness += weight * (slowness - self._slowness)
+            self.costs = self.spec.costs.scaled(self._slowness)
         else:
-            self.batch_costs = self._blended(self.batch_costs, reported, LEARNING_RATE)
-
-    def _blended(self, now: StepCosts, reported: StepCosts, weight: float) -> StepCosts:
-        fields = [
-            _blend(getattr(now, name), getattr(reported, name), getattr(self.spec.costs, name), weight)
-            for name in StepCosts.__slots__
-        ]
-        return StepCosts(*fields)
+            self._batch_slowness += LEARNING_RATE * (slowness - self._batch_slowness)
+            self.batch_costs = self.spec.costs.scaled(self._batch_slowness)
 
     def costs_at(self, target_s: float) -> StepCosts:
         """Those of the regime that steps at this ITL target are in."""
@@ -99,10 +102,3 @@ class CapacityModel:
         added = self.added_s(prompt_tokens, output_tokens, target_s)
         share = self.share(added, prompt_tokens + 0.5 * output_tokens, target_s)
         return output_tokens * (added / share + self.costs_at(target_s).base_s)
-
-
-def _blend(now: float, reported: float, prior: float, weight: float) -> float:
-    if prior == 0:
-        return now + weight * (reported - now)
-    kept = min(max(reported, prior / MOST_DRIFT), prior * MOST_DRIFT)
-    return now + weight * (kept - now)

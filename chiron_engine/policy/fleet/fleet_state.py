@@ -130,8 +130,8 @@ class FleetState:
         instance = self.instances.by_id.get(event.instance_id)
         if instance is None or instance.state is InstanceState.LOADING:
             return
-        if event.costs is not None:
-            self.model.learn(event.costs, instance.load)
+        if event.last_step is not None:
+            self.model.learn(event.last_step, instance.load)
         instance.max_running = event.max_running
         instance.batch_paused = False
         self.dispatcher.measure(instance, event.batch_tokens_total, now)

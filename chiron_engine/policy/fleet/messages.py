@@ -118,11 +118,22 @@ class InstanceExited:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """What was in a step, as `StepCosts` counts it, and how long it took."""
+
+    seconds: float
+    requests: int
+    kv_tokens: int
+    prompt_tokens: int
+    prompt_context: int
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceReported:
     """Telemetry. Counts are of now, totals are since the instance started.
 
     kv_tokens: KV held by running requests. batch_tokens_total: work delivered to batch requests,
-    output tokens. costs: the step model fitted online, None before it is. max_running: the local
+    output tokens. last_step: the last one that decoded and copied no KV. max_running: the local
     autoscaler's present limit. itl_s: gap of the last step; backpressures as the local autoscaler
     sees them (0 where it has none).
     """
@@ -138,7 +149,7 @@ class InstanceReported:
     batch_tokens_total: int
     output_tokens_total: int
     preemptions_total: int
-    costs: StepCosts | None = None
+    last_step: MeasuredStep | None = None
     latency_backpressure: float = 0.0
     throughput_backpressure: float = 0.0
 

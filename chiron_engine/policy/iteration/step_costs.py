@@ -39,3 +39,7 @@ class StepCosts:
         """Marginal seconds of computing known tokens [start, start + tokens) of one request in one
         chunk, inside steps that run anyway."""
         return self.per_prompt_token_s * tokens + self.per_prompt_context_s * tokens * (start + tokens)
+
+    def scaled(self, factor: float) -> StepCosts:
+        """Steps that take `factor` times as long."""
+        return StepCosts(*(factor * getattr(self, name) for name in self.__slots__))
