@@ -188,6 +188,24 @@ def test_pressure_asks_for_the_least_that_is_in_time() -> None:
     assert decision.batch == 11 and decision.batch_backpressure == 1
 
 
+def test_waiting_never_costs_a_group_that_could_be_saved() -> None:
+    """Due before an instance launched one load time later could help: launch now, and no more later."""
+    autoscaler = ChironAutoscaler(CONFIG)
+    launched: list[float] = []
+    for now in range(80):
+        ready_in = tuple(max(0.0, at + LEAD_S - now) for at in launched)
+        seen = BatchView((GroupWork(95.0, 100.0, 0.0, 10.0),), Throughput(0.0, 1.0, ready_in), 10)
+        launched += [float(now)] * (decide_batch(autoscaler, float(now), seen) - len(launched))
+    assert launched == [0.0] * 3
+
+
+def test_groups_that_are_late_whatever_is_done_show_in_the_pressure() -> None:
+    groups = tuple(GroupWork(100.0 + 100.0 * place, 1000.0, 1.0, 10.0) for place in range(10))
+    seen = BatchView(groups, Throughput(0.0, 1.0, (0.0,) * 4), 100)
+    decision = ChironAutoscaler(CONFIG).decide(view(0.0, pool(1, 0.0), seen, most=5))
+    assert decision.batch == 4 and decision.batch_backpressure == 10
+
+
 def test_spare_throughput_of_mixed_instances_comes_first() -> None:
     autoscaler = ChironAutoscaler(CONFIG)
     assert decide_batch(autoscaler, 0.0, batch(3600.0, 6500.0, spare=2.0)) == 0

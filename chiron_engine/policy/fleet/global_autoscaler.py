@@ -143,8 +143,7 @@ def batch_instances(batch: BatchView, now: float, lead_s: float, most: int) -> t
     throughput = batch.throughput
     needed = least_instances(batch.groups, throughput, lead_s, most, now)
     existing = batch.instances
-    if needed <= existing:
-        return needed, 0
-    if least_instances(batch.groups, throughput, 2 * lead_s, most, now) <= needed < most:
+    later = least_instances(batch.groups, throughput, lead_s, most, now, delay_s=lead_s)
+    if existing < needed < most and later <= needed:
         return existing, 0
     return needed, late_groups(batch.groups, throughput, now)

@@ -67,12 +67,18 @@ def late_groups(groups: Sequence[GroupWork], throughput: Throughput, now: float)
 
 
 def least_instances(
-    groups: Sequence[GroupWork], throughput: Throughput, lead_s: float, most: int, now: float
+    groups: Sequence[GroupWork],
+    throughput: Throughput,
+    lead_s: float,
+    most: int,
+    now: float,
+    delay_s: float = 0.0,
 ) -> int:
     """The least number of batch instances with no late group: the soonest ready first, those not
-    launched yet from now + lead on. A group due before those could help asks for what exists, and
-    for one instance at least, as late work is served too; `most` where a group needs more."""
-    supply = _Supply(throughput, lead_s)
+    launched yet from now + lead + delay on. A group that even those launched at once come too late
+    for asks for what exists, and for one instance at least, as late work is served too; `most` where
+    a group needs more."""
+    supply = _Supply(throughput, lead_s + delay_s)
     count = 0
     for group, work_s, variance in _work_ahead(groups):
         work = conservative(work_s, variance, throughput.cv)
