@@ -19,8 +19,8 @@ MOST_PERIODS = 3_000_000
 
 
 def batch_1_step_s(profile: Profile) -> float:
-    """Seconds between the tokens of one request alone on an instance."""
-    return profile.step_times.seconds(1, BATCH_1_CONTEXT, 0, 0)
+    """Seconds between the tokens of one request alone on an instance, as long a one as it holds."""
+    return profile.step_times.seconds(1, min(BATCH_1_CONTEXT, largest_request(profile)), 0, 0)
 
 
 def prefill_s(profile: Profile, tokens: int) -> float:

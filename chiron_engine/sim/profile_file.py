@@ -13,7 +13,7 @@ from chiron_engine.policy.iteration.step_costs import StepCosts
 
 from .linear_step_times import LinearStepTimes, StepRegion
 from .profile import Profile, StepTimes
-from .table_step_times import SHORTEST_CONTEXT, StepTables, TableStepTimes
+from .table_step_times import SHORTEST_CONTEXT, SHORTEST_STEP_MS, StepTables, TableStepTimes
 
 NAME_PATTERN = re.compile(r"[^/\s]+/[^/\s]+/tp[1-9][0-9]*/[^/\s]+")
 
@@ -128,6 +128,10 @@ def _from_costs(
     fields: Mapping[str, Any], numbers: Mapping[str, int]
 ) -> tuple[StepTimes, StepCosts, StepCosts]:
     costs = StepCosts(**fields["costs"])
+    if costs.base_s < SHORTEST_STEP_MS * 1e-3:
+        raise ValueError(
+            f"base_s of costs is {costs.base_s}; it must be at least {SHORTEST_STEP_MS * 1e-3:g}"
+        )
     capacity = StepRegion(
         numbers["max_slots"],
         numbers["kv_capacity_tokens"],

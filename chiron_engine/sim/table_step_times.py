@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ Curve = Sequence[tuple[int, float]]
 """(x, milliseconds) with x ascending."""
 
 SHORTEST_CONTEXT = 128
+SHORTEST_STEP_MS = 1e-3
 NUM_SEGMENTS = 16
 """Contexts of 128 tokens x 2^0 ... 2^15: beyond any context length served."""
 
@@ -38,6 +40,16 @@ class StepTables:
                 raise ValueError(f"{name} must hold rows at ascending positive places; it holds {places}")
         if any(not values for _, values in self.decode_attention):
             raise ValueError("decode_attention has a row without values")
+        _check_times("base", [ms for _, ms in self.base], SHORTEST_STEP_MS)
+        for name in ("lm_head", "prefill_attention"):
+            _check_times(name, [ms for _, ms in getattr(self, name)], 0.0)
+        _check_times("decode_attention", [ms for _, values in self.decode_attention for ms in values], 0.0)
+
+
+def _check_times(name: str, times_ms: Sequence[float], least: float) -> None:
+    for ms in times_ms:
+        if not least <= ms < math.inf:
+            raise ValueError(f"{name} holds {ms} ms; it must be finite and at least {least:g}")
 
 
 class TableStepTimes:

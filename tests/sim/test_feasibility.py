@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -90,3 +91,8 @@ def test_a_long_prompt_is_computed_in_chunks(profile: Profile) -> None:
 
 def test_the_step_of_one_request_alone(profile: Profile) -> None:
     assert 0.005 < batch_1_step_s(profile) < 0.1
+
+
+def test_a_profile_may_hold_less_than_the_context_that_slos_count_in(profile: Profile) -> None:
+    small = replace(profile, kv_capacity_tokens=512)
+    assert batch_1_step_s(small) == profile.step_times.seconds(1, 512, 0, 0)

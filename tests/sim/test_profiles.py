@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -164,6 +165,10 @@ def broken(**changes: object) -> str:
         (broken(name="h100"), "GPU/MODEL/tpN/precision"),
         (broken(base_ms=[[2, 1.0], [1, 1.0]]), "base must hold rows at ascending"),
         (broken(copy_s_per_kv_token=-1), "copy_s_per_kv_token is -1"),
+        (broken(base_ms=[[1, 0.0], [8192, 1.0]]), "base holds 0.0 ms; it must be finite and at least 0.001"),
+        (broken(lm_head_ms=[[1, math.nan]]), "lm_head holds nan ms"),
+        (broken(prefill_attention_ms=[[1, -2.0]]), "prefill_attention holds -2.0 ms"),
+        (broken(kind="linear", costs={"base_s": 0.0}, measured={}), "base_s of costs is 0.0"),
     ],
 )
 def test_a_broken_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
