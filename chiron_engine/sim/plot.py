@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, NamedTuple
 
 from .plot_panels import PANELS, Panel
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+LETTERS_PER_INCH = 15
+"""Of the subtitle, in its small print."""
 
 
 class PlottedRun(NamedTuple):
@@ -67,8 +70,14 @@ def _figure(runs: Sequence[PlottedRun], subtitle: str) -> Figure:
         axes.set_xlabel(f"simulated time ({unit})")
         axes.set_xlim(0, end_s / scale or 1)
     if subtitle:
-        figure.suptitle(subtitle, fontsize=8, color="#444444")
+        figure.suptitle(_wrapped(subtitle, figure.get_figwidth()), fontsize=8, color="#444444")
     return figure
+
+
+def _wrapped(text: str, inches: float) -> str:
+    """Lines broken where the figure ends."""
+    width = int(LETTERS_PER_INCH * inches)
+    return "\n".join(part for line in text.splitlines() for part in wrap(line, width))
 
 
 def _draw_row(row: Sequence[Axes], panel: Panel, runs: Sequence[PlottedRun], scale: float) -> None:
