@@ -52,6 +52,13 @@ class BudgetProbe:
         more = max(self._smallest, int(SHARE * limits.token_budget))
         return Limits(limits.max_running, min(limits.token_budget + more, self._most), limits.shrink)
 
+    def cancel(self) -> Limits | None:
+        """Give up the probe under way: the limits it departed from, None where there is none."""
+        before, self.before = self.before, None
+        if before is not None:
+            self._left = self._every
+        return before
+
     def is_over(self, tokens: int, seconds: float, expected: float, allowance: float) -> bool:
         """Take in a step of `tokens` under the limits of the probe; whether the probe has ended."""
         assert self.before is not None

@@ -114,7 +114,7 @@ class LimitController:
         self._running_ceiling = LimitCeiling()
         self._late_steps = 0
         """Late ones in a row."""
-        self._not_mine = 0
+        self._steps_to_skip = 0
         """Steps to come that were planned under other limits, or carry out the change to these."""
         self._allowance_s = 0.0
         self.limits = self._first_limits()
@@ -139,8 +139,8 @@ class LimitController:
             return None
         n, prompt = stats.decode_requests, stats.prefill_tokens
         self._n, self._kv_tokens = n, stats.kv_tokens
-        if self._not_mine:
-            self._not_mine -= 1
+        if self._steps_to_skip:
+            self._steps_to_skip -= 1
             return None
         expected = self._model.seconds(n, stats.kv_tokens, prompt, stats.prefill_context)
         self._learn(stats, seconds, expected)
@@ -169,14 +169,14 @@ class LimitController:
         self._n, self._kv_tokens = n, kv_tokens
         self._last_worst_s = 0.0
         self._interactive_requests = interactive_requests
-        self._not_mine = STEPS_TO_TAKE_OVER
+        self._steps_to_skip = STEPS_TO_TAKE_OVER
         self._late_steps = 0
-        self._probe.before = None
+        self.limits = self._probe.cancel() or self.limits
         return self._renew()
 
     def set_target(self, target_s: float) -> Limits | None:
         self._target_s = target_s
-        self._probe.before = None
+        self.limits = self._probe.cancel() or self.limits
         self._budget_ceiling.lift()
         self._running_ceiling.lift()
         self._update_allowance()

@@ -43,7 +43,6 @@ class StepModel:
     """
 
     __slots__ = (
-        "_capacity",
         "_coefficients",
         "_covariance",
         "_decode_sums",
@@ -59,7 +58,6 @@ class StepModel:
     )
 
     def __init__(self, capacity: EngineCapacity, prior: StepCosts | None = None) -> None:
-        self._capacity = capacity
         # Features as shares of a full engine, so that coefficients are seconds of like size.
         self._scale = (
             1.0,
