@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from chiron_engine.sim.policies import make_policy
+from chiron_engine.sim.profiles import load_profile
 from chiron_engine.sim.run_result import Outcome
+from chiron_engine.sim.traces.load import load_trace
+from chiron_engine.sim.workload import make_workload
+from chiron_engine.sim.world import World
+from chiron_engine.sim.world_settings import WorldSettings
 from tests.sim.small_world import mixed_workload, small_run
 
 
@@ -35,6 +40,16 @@ def test_another_local_autoscaler() -> None:
 def test_unknown_names_list_what_exists(name: str) -> None:
     with pytest.raises(ValueError, match="there are chiron, paper, paper-literal, static:N"):
         make_policy(name)
+
+
+def test_a_burst_beyond_the_instances_there_are_waits_for_those_that_load() -> None:
+    """Two instances would take 27 s over it; those that load are ready after 10."""
+    burst = load_trace("burst:count=20000,lengths=100/10")
+    settings = WorldSettings(load_time_s=10.0)
+    profile = load_profile("h100/llama-3.1-8b/tp1/bf16")
+    result = World(make_workload(burst, None), profile, make_policy("chiron"), settings, seed=0).run()
+    assert result.launches > 10
+    assert result.end_s < 15.0
 
 
 @pytest.mark.parametrize("name", ["chiron", "paper", "paper-literal", "static:3"])

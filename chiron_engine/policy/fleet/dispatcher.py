@@ -6,6 +6,8 @@ Each is in exactly one place: held (interactive, waiting for room within its TTF
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from chiron_engine.policy.iteration.request import SloClass
 
 from .batch_queue import BatchQueue
@@ -22,6 +24,10 @@ HELD_SHARE = 0.5
 MOST_FAILURES = 16
 """Held requests that find no room before the others are not tried: they are much alike, and many may
 be held."""
+MOST_LATE_LOAD = 4.0
+MOST_BACKLOG_TICKS = 2.0
+"""An instance over this load, or with prompts for more ticks than that (or than the TTFT slack), is
+given no interactive request beyond its room: it would wait there while others become ready."""
 RAMP_S = 20.0
 """Seconds that an instance new to batch work spends on prompts before tokens come at their rate."""
 
@@ -47,7 +53,8 @@ class Dispatcher:
         self.throughput = BatchThroughput(model, max(config.window_s, lead_s))
         self.outputs = {cls: OutputEstimate(config.prior_output_tokens) for cls in SloClass}
         self.tracked: dict[int, Tracked] = {}
-        self.held: dict[int, Tracked] = {}
+        # Ordered, since the first of a plain dict is found past all those deleted before it.
+        self.held: OrderedDict[int, Tracked] = OrderedDict()
         self.arrived_work = {target: 0.0 for target in config.itl_targets_s}
         self.arrived_squares = {target: 0.0 for target in config.itl_targets_s}
         self._with_room: dict[Role, dict[int, Instance]] = {Role.BATCH: {}, Role.MIXED: {}}
@@ -132,17 +139,18 @@ class Dispatcher:
             self.throughput.delivered(instance, tokens, seconds)
 
     def serve_held(self, now: float, out: Effects) -> None:
-        """Try held requests, the oldest first; those out of time go to the least loaded instance."""
+        """Try held requests, the oldest first; those out of time go to the least loaded instance,
+        unless that has work in hand for long: others may be ready before it gets to them."""
         failures = 0
-        for tracked in list(self.held.values()):
+        overloaded = False
+        for tracked in sorted(self.held.values(), key=lambda tracked: _is_lost(tracked, now)):
             if failures < MOST_FAILURES and self._find_room(tracked, now, out):
                 continue
             failures += 1
-            if now < tracked.force_at:
-                continue
-            instance = self._router.emptiest(tracked.request.slo.itl_s)
-            if instance is not None:
-                self._run_interactive(tracked, instance, now, out)
+            if overloaded and failures > MOST_FAILURES:
+                break
+            if not overloaded and now >= tracked.force_at:
+                overloaded = not self._run_late(tracked, now, out)
 
     def withdraw(self, instance: Instance) -> None:
         """The instance is offered nothing more."""
@@ -225,11 +233,8 @@ class Dispatcher:
     def _serve_interactive(self, tracked: Tracked, now: float, out: Effects) -> None:
         self._size(tracked, 1.0)
         self.held[tracked.request.request_id] = tracked
-        if self._find_room(tracked, now, out) or now < tracked.force_at:
-            return
-        instance = self._router.emptiest(tracked.request.slo.itl_s)
-        if instance is not None:
-            self._run_interactive(tracked, instance, now, out)
+        if not self._find_room(tracked, now, out) and now >= tracked.force_at:
+            self._run_late(tracked, now, out)
 
     def _find_room(self, tracked: Tracked, now: float, out: Effects) -> bool:
         """Route a held request to an instance with room, turning a batch one mixed if need be."""
@@ -237,6 +242,20 @@ class Dispatcher:
         if instance is None:
             instance = self._turn_mixed(tracked.request.slo.itl_s, out)
         if instance is None:
+            return False
+        self._run_interactive(tracked, instance, now, out)
+        return True
+
+    def _run_late(self, tracked: Tracked, now: float, out: Effects) -> bool:
+        """Route a held request that is out of time to an instance without room; False where each has
+        too much to do already."""
+        request = tracked.request
+        instance = self._router.emptiest(request.slo.itl_s)
+        if instance is None:
+            return False
+        patience_s = max(request.arrival + request.slo.ttft_s - now, MOST_BACKLOG_TICKS * self._config.tick_s)
+        most_load = 1.0 if _is_lost(tracked, now) else MOST_LATE_LOAD
+        if instance.load > most_load or instance.prefilled_at - now > patience_s:
             return False
         self._run_interactive(tracked, instance, now, out)
         return True
@@ -318,3 +337,9 @@ class Dispatcher:
             tracked = next(iter(self.held.values()))
             if not self._find_room(tracked, now, out):
                 return
+
+
+def _is_lost(tracked: Tracked, now: float) -> bool:
+    """Its first token comes too late whatever is done."""
+    request = tracked.request
+    return not request.produced and request.arrival + request.slo.ttft_s < now
