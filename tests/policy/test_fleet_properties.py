@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fleet_driver import FleetDriver, batch, interactive
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chiron_engine.policy.fleet.config import FleetConfig
@@ -18,6 +18,7 @@ steps = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1_000)), max
 
 @settings(max_examples=150, deadline=None)
 @given(steps, st.sampled_from(("chiron", "paper", "paper-literal", "static:2")))
+@example([("tight", 1), ("lose", 0), ("lose", 0)], "chiron")  # next to no demand, and no instance for it
 def test_every_request_is_in_exactly_one_place(actions: list[tuple[str, int]], policy: str) -> None:
     config = FleetConfig(max_gpus=5, itl_targets_s=(0.05, 0.2))
     driver = FleetDriver(policy, config).start(2)

@@ -75,6 +75,8 @@ class PoolScaling:
         window_s = max(lead_s, DECREASE_WINDOW_S)
         wanted = demand.mean * self.theta.ratio
         band = DEAD_BAND + DEAD_BAND_SHARE * self._target
+        if not self._target:
+            band = 0.0  # any demand is too much for no instance, which would leave it held for ever
         needed = self._with_spare(demand.recent - 0.5 * band)
         most_wanted = self._wanted.push(wanted, now, window_s)
         most_needed = self._needed.push(self._with_spare(demand.recent + 0.5 * band), now, window_s)
