@@ -236,3 +236,14 @@ def test_orders_of_launch_and_drain_carry_the_itl_target() -> None:
     (launch,) = driver.tick()
     assert launch == Launch(0, Role.MIXED, 0.2)
     assert not isinstance(launch, Drain)
+
+
+def test_launches_may_fail_any_number_of_times() -> None:
+    driver, _ = scripted(0, (0, 1, 0))
+    for _ in range(1100):
+        driver.tick()
+        while not driver.loading:
+            driver.tick()
+        driver.fail_launch(next(iter(driver.loading)))
+    gaps = [later - sooner for (sooner, _), (later, _) in pairwise(driver.launches)]
+    assert max(gaps) <= 62.0

@@ -20,6 +20,8 @@ from .waiting_time import Throughput
 MOST_CLOSING_S = 120.0
 """How long a closing instance may finish its work before batch requests are taken back from it."""
 MOST_BACKOFF_S = 60.0
+MOST_DOUBLINGS = 32
+"""Of the wait after failed launches: enough for any tick, and a power of two that is a float."""
 THROUGHPUT_CV = 0.05
 """cv_T of the waiting time: how far the throughput to come may stray from the one measured."""
 MOST_BACKLOG = 0.5
@@ -89,7 +91,7 @@ class Scaling:
 
     def launch_failed(self, instance: Instance, now: float, out: Effects) -> None:
         """The next launch waits: twice as long after each failure in a row."""
-        self._failures += 1
+        self._failures = min(self._failures + 1, MOST_DOUBLINGS)
         self._no_launch_before = now + min(MOST_BACKOFF_S, self._config.tick_s * 2**self._failures)
         self.gone(instance.instance_id, {}, now, out)
 
