@@ -43,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 0 < arguments.scale <= 100:
         parser.error(f"--scale is {arguments.scale}; it must be over 0 and at most 100")
+    if arguments.json not in (None, "-") and not Path(arguments.json).absolute().parent.is_dir():
+        parser.error(f"--json: the folder of {arguments.json!r} does not exist")
     return arguments
 
 
