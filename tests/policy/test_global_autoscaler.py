@@ -148,6 +148,21 @@ def test_a_decrease_waits_for_the_window() -> None:
     assert set(totals[:200]) == {12} and totals[-1] <= 3
 
 
+def test_an_idle_pool_falls_to_what_is_kept() -> None:
+    """And one of a tighter ITL target than most requests have, to nothing."""
+    config = FleetConfig(max_gpus=50, itl_targets_s=(0.05, 0.2))
+    autoscaler = ChironAutoscaler(config)
+    totals = (0, 0)
+    for now in range(1200):
+        load = 3.0 if now < 100 else 0.0
+        pools = (PoolView(0.05, totals[0], 0, load), PoolView(0.2, totals[1], 0, load))
+        decision = autoscaler.decide(FleetView(float(now), LEAD_S, 50, pools, NO_BATCH))
+        totals = (decision.pools[0].total, decision.pools[1].total)
+        if now == 99:
+            assert min(totals) >= 4
+    assert totals == (0, 1)
+
+
 def test_loading_instances_count() -> None:
     """A slow start causes no second launch."""
     driver = FleetDriver("chiron", FleetConfig(max_gpus=20, min_instances=4)).start(1)

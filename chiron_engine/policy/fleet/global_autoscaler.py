@@ -77,14 +77,15 @@ class PoolScaling:
         band = DEAD_BAND + DEAD_BAND_SHARE * self._target
         if not self._target:
             band = 0.0  # any demand is too much for no instance, which would leave it held for ever
-        needed = self._with_spare(demand.recent - 0.5 * band)
-        most_wanted = self._wanted.push(wanted, now, window_s)
-        most_needed = self._needed.push(self._with_spare(demand.recent + 0.5 * band), now, window_s)
+        slack = 0.5 * band if demand.recent > 0 else 0.0
+        needed = self._with_spare(demand.recent - slack)
+        most_wanted = self._wanted.push(wanted + band if wanted > 0 else 0.0, now, window_s)
+        most_needed = self._needed.push(self._with_spare(demand.recent + slack), now, window_s)
         always_busy = -self._lowest_demand.push(-demand.smooth, now, window_s)
         if max(wanted - band, needed) > self._target:
             self._target = max(_ceil(wanted - band), needed)
-        elif max(most_wanted + band, most_needed) <= self._target - 1:
-            self._target = max(_ceil(most_wanted + band), int(most_needed))
+        elif max(most_wanted, most_needed) <= self._target - 1:
+            self._target = max(_ceil(most_wanted), int(most_needed))
         self._target = max(self._target, self._least)
         interactive = max(0, min(int(always_busy), self._target - 1))
         return PoolTarget(pool.target_s, interactive, self._target - interactive)
