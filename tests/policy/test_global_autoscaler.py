@@ -125,7 +125,7 @@ def test_without_the_window_a_steady_load_would_flap() -> None:
     naive = []
     for _ in range(1800):
         seen = load.second(1)
-        demand.observe(seen.load, seen.arrived_work_s, seen.arrived_squares)
+        demand.observe(seen.load, seen.backlog, seen.arrived_work_s, seen.arrived_squares)
         naive.append(math.ceil(demand.smooth / 0.75))
     assert sum(a != b for a, b in pairwise(naive[60:])) > 200
 
@@ -146,6 +146,18 @@ def test_a_decrease_waits_for_the_window() -> None:
         autoscaler.decide(view(now, pool(12, 6.0)))
     totals = [autoscaler.decide(view(now, pool(12, 1.0))).pools[0].total for now in range(300, 1100)]
     assert set(totals[:200]) == {12} and totals[-1] <= 3
+
+
+def test_a_backlog_asks_for_instances_but_for_no_headroom() -> None:
+    calm, behind = ChironAutoscaler(CONFIG), ChironAutoscaler(CONFIG)
+    for now in range(400):
+        calm.decide(view(now, pool(12, 6.0)))
+        backlog = 3.0 if 200 <= now < 260 else 0.0
+        decision = behind.decide(view(now, PoolView(0.2, 12, 6, 6.0, backlog=backlog)))
+        if now == 200:
+            assert decision.pools[0].total >= calm.decide(view(now, pool(12, 6.0))).pools[0].total
+            assert behind.decide(view(now, PoolView(0.2, 6, 6, 6.0, backlog=9.0))).pools[0].total >= 15
+    assert behind.decide(view(400, pool(12, 6.0))).theta == calm.decide(view(400, pool(12, 6.0))).theta
 
 
 def test_an_idle_pool_falls_to_what_is_kept() -> None:

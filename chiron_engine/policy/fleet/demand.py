@@ -22,7 +22,9 @@ class InteractiveDemand:
 
     smooth: D with the flow of the last 5 s. mean: of `smooth` over the last 60 s. recent: the
     mean, but where the flow of the last 2 or 5 s lies more than six standard deviations of a
-    Poisson stream over it, that flow: a step in the load is seen within these, noise is not.
+    Poisson stream over it, that flow: a step in the load is seen within these, noise is not. A
+    backlog counts in `recent` alone: it is work to be done now, not a rate that comes again, and no
+    spike that headroom would be kept for.
     """
 
     def __init__(self, tick_s: float) -> None:
@@ -36,16 +38,16 @@ class InteractiveDemand:
         self.mean = 0.0
         self.recent = 0.0
 
-    def observe(self, load: float, arrived_work_s: float, arrived_squares: float) -> None:
-        """One tick: the sum of u, and the work of the requests that arrived since the last one with
-        the sum of its squares."""
+    def observe(self, load: float, backlog: float, arrived_work_s: float, arrived_squares: float) -> None:
+        """One tick: the sum of u, that of what does not fit, and the work of the requests that arrived
+        since the last one with the sum of its squares."""
         self._work.append(arrived_work_s)
         self._squares.append(arrived_squares)
         flows = [self._flow(ticks) for ticks in self._shorts]
         self.smooth = max(load, flows[-1])
         self._smooths.append(self.smooth)
         self.mean = sum(self._smooths) / len(self._smooths)
-        self.recent = max(load, self.mean, *self._significant(flows))
+        self.recent = max(load + backlog, self.mean, *self._significant(flows))
 
     def _flow(self, ticks: int) -> float:
         """Mean work per second over the last ticks; time before the start counts as idle."""

@@ -13,10 +13,10 @@ from .waiting_time import Throughput
 @dataclass(frozen=True, slots=True)
 class PoolView:
     """Interactive and mixed instances of one ITL target. instances: those loading or ready, but
-    not the ones that close. busy_instances: those with an interactive request. load: sum of u,
-    of which what is over 1 on an instance, or held, counts in bounds. arrived_work_s,
-    arrived_squares: work of the interactive requests that came since the last tick, in seconds of
-    one full instance, and the sum of its squares."""
+    not the ones that close. busy_instances: those with an interactive request. load: sum of u, each
+    up to 1. arrived_work_s, arrived_squares: work of the interactive requests that came since the
+    last tick, in seconds of one full instance, and the sum of its squares. backlog: u of what is
+    held or over 1 on an instance, in bounds."""
 
     target_s: float
     instances: int
@@ -24,6 +24,7 @@ class PoolView:
     load: float
     arrived_work_s: float = 0.0
     arrived_squares: float = 0.0
+    backlog: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class PaperAutoscaler:
         return _decide(view, [self._pool(pool) for pool in view.pools])
 
     def _pool(self, pool: PoolView) -> PoolTarget:
-        busy = math.ceil(pool.load)
+        busy = math.ceil(pool.load + pool.backlog)
         wanted = max(math.ceil(busy / THETA), self._least)
         total = pool.instances if wanted == pool.instances - 1 else wanted
         return PoolTarget(pool.target_s, min(busy, total - 1), total - min(busy, total - 1))

@@ -165,7 +165,8 @@ class Scaling:
             target_s=target_s,
             instances=len(pool),
             busy_instances=sum(bool(instance.interactive) for instance in pool),
-            load=_load(pool, dispatcher.held_load(target_s)),
+            load=sum(min(1.0, instance.load) for instance in pool),
+            backlog=_backlog(pool, dispatcher.held_load(target_s)),
             arrived_work_s=work,
             arrived_squares=squares,
         )
@@ -189,8 +190,8 @@ class Scaling:
         return max(self._config.tick_s, instance.launched_at + self._lead.seconds - now)
 
 
-def _load(pool: list[Instance], held: float) -> float:
-    """Sum of u, of which what is over 1 anywhere or held counts in bounds."""
+def _backlog(pool: list[Instance], held: float) -> float:
+    """u of what is held, or over 1 on an instance, in bounds."""
     fits = sum(min(1.0, instance.load) for instance in pool)
     backlog = held + sum(max(0.0, instance.load - 1.0) for instance in pool)
-    return fits + min(backlog, MOST_BACKLOG * max(1.0, fits))
+    return min(backlog, MOST_BACKLOG * max(1.0, fits))

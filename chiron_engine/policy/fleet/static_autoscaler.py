@@ -14,7 +14,7 @@ class StaticAutoscaler:
 
     def decide(self, view: FleetView) -> Decision:
         total = sum(pool.instances for pool in view.pools)
-        busy = sum(pool.load for pool in view.pools)
+        busy = sum(pool.load + pool.backlog for pool in view.pools)
         pools = tuple(
             PoolTarget(pool.target_s, 0, 0 if place else self._instances)
             for place, pool in enumerate(view.pools)
