@@ -65,7 +65,6 @@ class PlainFleet:
             case RequestEvicted(request_id, produced, saved_tokens):
                 request, instance = self._take(request_id)
                 request.produced = produced
-                request.num_evicted += 1
                 request.home = instance if saved_tokens else None
                 self.queue[request_id] = request
             case InstanceReady(instance_id):

@@ -101,7 +101,6 @@ class Dispatcher:
         if tracked is None or tracked.instance is None:
             return
         instance = tracked.instance
-        tracked.request.num_evicted += 1
         keeps = saved > 0 and instance.is_open and tracked.group is not None
         if saved > 0 and not keeps:
             out.append(Forget(request_id, instance.instance_id))

@@ -59,7 +59,6 @@ class FleetRequest:
     prefix: object = None
     produced: int = 0
     home: int | None = None
-    num_evicted: int = 0
 
 
 # Events.
