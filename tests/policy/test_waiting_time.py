@@ -122,6 +122,22 @@ def test_a_group_that_nothing_can_save_does_not_take_the_fleet() -> None:
     assert least_instances(groups, Throughput(0.0, 1.0), 45.0, 50, 0.0) == 1
 
 
+def test_a_hopeless_group_due_after_the_load_lead_sets_no_deadline() -> None:
+    """Fifty instances launched now would work for it for 15 s each: 750 s of 5,000."""
+    hopeless = group(60.0, 5000.0)
+    throughput = Throughput(0.0, 1.0)
+    assert least_instances([hopeless], throughput, 45.0, 50, 0.0) == 1
+    assert least_instances([hopeless], throughput, 45.0, 50, 0.0, delay_s=45.0) == 1
+    # It must still be done, and before what can be saved.
+    behind = group(3600.0, 10_000.0)
+    assert least_instances([behind], throughput, 45.0, 50, 0.0) == 3
+    assert least_instances([hopeless, behind], throughput, 45.0, 50, 0.0) == 5
+
+
+def test_a_job_too_large_for_the_fleet_takes_all_of_it_while_that_saves_requests() -> None:
+    assert least_instances([group(3600.0, 1e6)], Throughput(0.0, 1.0), 45.0, 50, 0.0) == 50
+
+
 def test_groups_share_a_grid_and_widen_with_slack() -> None:
     start, width = group_range(1000.0, 600.0, 45.0)
     assert width == 45.0 and start <= 1000.0 < start + width

@@ -75,15 +75,19 @@ def least_instances(
     delay_s: float = 0.0,
 ) -> int:
     """The least number of batch instances with no late group: the soonest ready first, those not
-    launched yet from now + lead + delay on. A group that even those launched at once come too late
-    for asks for what exists, and for one instance at least, as late work is served too; `most` where
-    a group needs more."""
-    supply = _Supply(throughput, lead_s + delay_s)
+    launched yet from now + lead + delay on. A group late whatever is launched sets no deadline, as
+    none is kept: its work is only done before that of the others, by what exists, and by one
+    instance at least. Where its deadline is so far that an instance would work for it longer than
+    it loads, part of its requests can be saved, and it asks for `most`."""
+    supply, at_once = _Supply(throughput, lead_s + delay_s), _Supply(throughput, lead_s)
+    existing = min(most, max(1, len(throughput.ready_in)))
     count = 0
     for group, work_s, variance in _work_ahead(groups):
         work = conservative(work_s, variance, throughput.cv)
         horizon = group.due - now - group.service_s
-        reach = most if horizon > lead_s else min(most, max(1, len(throughput.ready_in)))
+        # By launches at once, whatever the delay: what waiting would lose must not look cheap.
+        can_be_saved = at_once.delivered(most, horizon) >= work
+        reach = most if can_be_saved or horizon > 2 * lead_s else existing
         while count < reach and supply.delivered(count, horizon) < work:
             count += 1
     return count
