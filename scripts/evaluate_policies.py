@@ -4,7 +4,8 @@
     PYTHONPATH=.:kernels .venv/bin/python scripts/evaluate_policies.py mixed --scale 0.1 --json out.json
 
 Every measure prints a table, one line for each target with what was seen, and, with --json, the
-same as JSON. --scale shrinks the load (in instances), never the time.
+same as JSON. --scale shrinks the load (in instances), never the time. Exits with 0 whether targets are
+met or not, and with 2 for what cannot be measured as asked.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import sys
 from pathlib import Path
 
+from chiron_engine.commands.exits import ExitCode
+from chiron_engine.sim.plot import check_plot_path
 from scripts.policy_measures import batch_job, burst, mixed, speed, steady, step
 from scripts.policy_measures.measure import Measured, Options
 
@@ -43,8 +46,17 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 0 < arguments.scale <= 100:
         parser.error(f"--scale is {arguments.scale}; it must be over 0 and at most 100")
+    if arguments.seed < 0:
+        parser.error(f"--seed is {arguments.seed}; it must not be negative")
+    if arguments.itl_slo and arguments.measure != "mixed":
+        parser.error(f"--itl-slo is for mixed; {arguments.measure} has an ITL SLO of its own")
     if arguments.json not in (None, "-") and not Path(arguments.json).absolute().parent.is_dir():
         parser.error(f"--json: the folder of {arguments.json!r} does not exist")
+    if arguments.plot is not None:
+        try:
+            check_plot_path(arguments.plot)
+        except ValueError as error:
+            parser.error(f"--plot: {error}")
     return arguments
 
 
@@ -62,7 +74,9 @@ def main() -> None:
     try:
         measured = MEASURES[arguments.measure](options)
     except ValueError as error:
-        sys.exit(f"evaluate_policies: {error}")
+        # Profiles, policies, times and objectives are looked at before a run starts.
+        print(f"evaluate_policies: {error}", file=sys.stderr)
+        sys.exit(ExitCode.USAGE)
     report(arguments.measure, options, measured, arguments.json)
 
 
