@@ -6,7 +6,7 @@ import logging
 
 LEVELS = ("debug", "info", "warning", "error")
 # Its greetings come after the line to copy, which should stay the last one.
-LINK_LOGGER = "chiron_engine.gateway.engine_link"
+LINK_LOGGER = "chiron_engine.rpc.engine_link"
 
 
 def set_up_logging(level: str) -> None:

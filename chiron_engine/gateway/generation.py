@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
+from chiron_engine.rpc.engine_link import EngineLink
 from chiron_engine.rpc.errors import RpcFailure, exhausted, unavailable
 from chiron_engine.rpc.raw_handlers import send_headers
+from chiron_engine.rpc.token_stream import TokenStream
 from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, types_pb2
 
-from .engine_link import EngineLink
 from .output_text import OutputText
 from .text import ModelText
-from .token_stream import TokenStream
 
 # A client that takes no byte for this long has its request aborted.
 WRITE_TIMEOUT_S = 60.0

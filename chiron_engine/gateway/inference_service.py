@@ -13,11 +13,11 @@ import grpc
 import grpc.aio
 
 from chiron_engine import __version__
+from chiron_engine.rpc.engine_link import EngineLink, EnginePool
 from chiron_engine.rpc.errors import RpcFailure, exhausted, invalid_argument, unavailable
 from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
 
 from . import limits
-from .engine_link import EngineLink, EnginePool
 from .generation import Generation, Prompt
 from .text import ModelText, TextError
 

@@ -10,12 +10,12 @@ import grpc.aio
 
 from chiron_engine.config import GatewayConfig
 from chiron_engine.rpc.client import INFERENCE_SERVICE
+from chiron_engine.rpc.engine_link import EnginePool
 from chiron_engine.rpc.port import bind
 from chiron_engine.rpc.server import Health, create_server, enable_reflection
 from chiron_engine.rpc.shutdown import Shutdown
 from chiron_engine.rpc.v1 import inference_pb2_grpc
 
-from .engine_link import EnginePool
 from .inference_service import InferenceService
 from .text import ModelText
 

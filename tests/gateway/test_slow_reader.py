@@ -10,9 +10,9 @@ import grpc
 import grpc.aio
 import pytest
 
-from chiron_engine.gateway.token_stream import MAX_PENDING_TOKENS, TokenStream
 from chiron_engine.rpc.client import sampling
 from chiron_engine.rpc.errors import error_code
+from chiron_engine.rpc.token_stream import MAX_PENDING_TOKENS, TokenStream
 from chiron_engine.rpc.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.serving_stack import SHAPE, null_executor, serving
 from tests.gateway.tiny_model import write_tiny_model

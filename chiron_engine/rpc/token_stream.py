@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from chiron_engine.rpc.v1 import engine_pb2
+from .v1 import engine_pb2
 
 # Tokens that may wait for a client that does not read: some 64 KiB of text.
 MAX_PENDING_TOKENS = 1 << 14

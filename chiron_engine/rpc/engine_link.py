@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 import grpc
 import grpc.aio
 
-from chiron_engine.rpc.options import channel_options
-from chiron_engine.rpc.v1 import engine_pb2, engine_pb2_grpc, types_pb2
-
+from .options import channel_options
 from .token_stream import TokenStream
+from .v1 import engine_pb2, engine_pb2_grpc, types_pb2
 
 log = logging.getLogger(__name__)
 
