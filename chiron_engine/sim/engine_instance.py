@@ -11,19 +11,18 @@ from chiron_engine.policy.fleet.messages import (
     FleetEvent,
     InstanceReported,
     InstanceState,
-    MeasuredStep,
     RequestEvicted,
     RequestFinished,
     Role,
 )
 from chiron_engine.policy.iteration.local_autoscaler import ItlTargets
 from chiron_engine.policy.iteration.request import GREEDY, Request, SloClass
-from chiron_engine.policy.iteration.step_stats import StepStats
 
 from .engine_setup import EngineSetup
 from .request_book import LiveRequest, RequestBook
 from .run_result import InstanceLife, ItlHistogram
 from .token_gaps import TokenGaps
+from .token_streams import TokenStreams, live_of, note_first_token
 
 LEAST_COASTING = 4
 """Steps that are worth to be left for later."""
@@ -64,19 +63,14 @@ class EngineInstance:
         self._setup = setup
         self._book = book
         self._send = send
-        self._gaps = TokenGaps(setup.interactive_itl_slo_s, histogram)
+        self._streams = TokenStreams(TokenGaps(setup.interactive_itl_slo_s, histogram))
         self._held: dict[int, Request] = {}
+        # Evicted, with how many output tokens they had then.
         self._saved: dict[int, tuple[Request, int]] = {}
-        self._resuming: dict[Request, int] = {}
         self.due: float | None = None
         self.awaited: float | None = None
         self.is_coasting = False
         self._stepping = False
-        self._last_commit = 0.0
-        self._itl_s = 0.0
-        self._last_step: StepStats | None = None
-        self._batch_tokens = 0
-        self._output_tokens = 0
 
     # Its life.
 
@@ -86,7 +80,7 @@ class EngineInstance:
         self._clock = VirtualClock(now)
         self._autoscaler = setup.autoscaler(self.itl_target_s)
         self._executor = setup.executor(self._clock, self.instance_id)
-        self._executor.on_preempted = self._on_preempted
+        self._executor.on_preempted = self._streams.on_preempted
         self.core = EngineCore(
             self._executor,
             clock=self._clock,
@@ -96,14 +90,14 @@ class EngineInstance:
             local_autoscaler=self._autoscaler,
             hand_back_evicted=True,
         )
-        self.core.add_step_hook(self._on_step)
+        self.core.add_step_hook(self._streams.on_step)
         self.state = InstanceState.READY
         self.life.ready_s = now
 
     def end(self, now: float) -> None:
         """Its process is gone, for whatever reason."""
         if self.core is not None:
-            del self._executor  # it refers back to here
+            del self._executor  # events to come keep this object, but not what it ran
         self.core = None
         self.state = None
         self.life.exited_s = now
@@ -115,9 +109,8 @@ class EngineInstance:
         tokens by request."""
         produced = {}
         for request in self._held.values():
-            live: LiveRequest = request.client  # type: ignore[assignment]
-            if live.is_interactive and request not in self._resuming:
-                self._end_part(request, self._last_commit)
+            self._streams.break_off(request)
+            live = live_of(request)
             live.produced = live.produced_before_stay + self._committed(request)
             produced[request.request_id] = live.produced
         return produced
@@ -245,9 +238,9 @@ class EngineInstance:
             self.is_coasting = False
             return
         self._stepping = False
-        output = self._running_core(now).complete()
-        if self._resuming:
-            self._note_resumed(now)
+        core = self._running_core(now)
+        output = core.complete()
+        self._streams.resume(core.scheduler.step, now)
         for request in output.finished:
             self._finish(request, now)
         self._hand_back(output.handed_back)
@@ -263,19 +256,14 @@ class EngineInstance:
             self._leave(request, request.num_planned_outputs, saved_tokens)
 
     def _finish(self, request: Request, now: float) -> None:
-        live: LiveRequest = request.client  # type: ignore[assignment]
+        live = live_of(request)
         del self._held[request.request_id]
         if request.num_planned_outputs != live.left:
             raise RuntimeError(
                 f"request {request.request_id} ended with {request.num_planned_outputs} output tokens on "
                 f"instance {self.instance_id}; it has {live.left}"
             )
-        self._output_tokens += 1
-        if live.is_interactive:
-            self._end_part(request, now)
-        else:
-            self._batch_tokens += 1
-            self._note_first_token(request)
+        self._streams.finish(request, now)
         first = live.first_token
         assert first is not None  # it has tokens
         self._book.finish(live, first, now, live.late)
@@ -283,9 +271,9 @@ class EngineInstance:
 
     def _leave(self, request: Request, produced: int, saved_tokens: int) -> None:
         """A batch request goes back to the fleet with `produced` output tokens from this stay."""
-        live: LiveRequest = request.client  # type: ignore[assignment]
+        live = live_of(request)
         del self._held[request.request_id]
-        self._note_first_token(request)
+        note_first_token(request)
         live.evictions += 1
         live.produced = live.produced_before_stay + produced
         if saved_tokens:
@@ -295,7 +283,7 @@ class EngineInstance:
     def _committed(self, request: Request) -> int:
         """Output tokens that have left this engine since the request came: not the one under way."""
         assert self.core is not None
-        live: LiveRequest = request.client  # type: ignore[assignment]
+        live = live_of(request)
         planned = request.outputs_at(self.core.scheduler.step - self._stepping)
         return min(planned, live.left - 1)
 
@@ -306,61 +294,11 @@ class EngineInstance:
         self._clock.advance_to(now)
         return core
 
-    # Gaps between tokens.
-
-    def _on_step(self, stats: StepStats) -> None:
-        self._last_commit = stats.time
-        self._output_tokens += stats.decode_requests
-        self._batch_tokens += stats.itl_batch
-        self._itl_s = stats.itl_s
-        if stats.decode_requests and not (stats.swap_in_blocks or stats.swap_out_blocks):
-            self._last_step = stats
-        if stats.itl_interactive:
-            self._gaps.step(stats.time, stats.itl_s, stats.itl_interactive)
-
-    def _on_preempted(self, requests: list[Request]) -> None:
-        for request in requests:
-            if not _is_batch(request) and request.first_token is not None:
-                self._end_part(request, self._last_commit)
-                self._resuming[request] = request.num_planned_outputs
-
-    def _note_resumed(self, now: float) -> None:
-        """Requests preempted here whose stream goes on with the step just committed."""
-        assert self.core is not None
-        step = self.core.scheduler.step
-        for request in [r for r, before in self._resuming.items() if r.outputs_at(step) > before]:
-            live: LiveRequest = request.client  # type: ignore[assignment]
-            assert live.last_token is not None
-            live.late += self._gaps.interruption(now - live.last_token)
-            live.resumed_at = now
-            del self._resuming[request]
-
-    def _end_part(self, request: Request, last_token: float) -> None:
-        """The stream ends or is interrupted after its token at `last_token`."""
-        live: LiveRequest = request.client  # type: ignore[assignment]
-        self._note_first_token(request)
-        start = live.resumed_at
-        if start is None:
-            start = request.first_token
-            if start is None:
-                return
-            if live.last_token is not None:
-                live.late += self._gaps.interruption(start - live.last_token)
-        live.late += self._gaps.late_between(start, last_token)
-        live.last_token = last_token
-        live.resumed_at = None
-
-    @staticmethod
-    def _note_first_token(request: Request) -> None:
-        live: LiveRequest = request.client  # type: ignore[assignment]
-        if live.first_token is None:
-            live.first_token = request.first_token
-
     # What it tells.
 
     def report(self, now: float) -> InstanceReported:
         core = self._running_core(now)
-        scheduler, limits = core.scheduler, core.scheduler.limits
+        scheduler, limits, streams = core.scheduler, core.scheduler.limits, self._streams
         device = scheduler.tiers.device
         running_batch = scheduler.num_running_batch
         return InstanceReported(
@@ -371,11 +309,11 @@ class EngineInstance:
             kv_tokens=(device.num_blocks - device.num_free) * self._setup.shape.block_size,
             max_running=limits.max_running,
             token_budget=limits.token_budget,
-            itl_s=self._itl_s,
-            batch_tokens_total=self._batch_tokens,
-            output_tokens_total=self._output_tokens,
+            itl_s=streams.itl_s,
+            batch_tokens_total=streams.batch_tokens,
+            output_tokens_total=streams.output_tokens,
             preemptions_total=scheduler.num_preemptions,
-            last_step=_measured(self._last_step),
+            last_step=streams.last_step,
             latency_backpressure=self._autoscaler.latency_backpressure,
             throughput_backpressure=self._autoscaler.throughput_backpressure,
         )
@@ -417,11 +355,3 @@ def _engine_request(live: LiveRequest) -> Request:
 
 _NO_TOKENS: array[int] = array("I")
 """Shared: with an executor that yields no token values nothing is ever appended."""
-
-
-def _measured(stats: StepStats | None) -> MeasuredStep | None:
-    if stats is None:
-        return None
-    return MeasuredStep(
-        stats.device_s, stats.decode_requests, stats.kv_tokens, stats.prefill_tokens, stats.prefill_context
-    )
