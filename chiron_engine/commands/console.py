@@ -56,24 +56,26 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class SimulationProgress:
-    """A bar of simulated time on standard error, for runs over two seconds, on a terminal only."""
+class RunProgress:
+    """A bar of a run's own time on standard error, for runs over two seconds, on a terminal only."""
 
     QUIET_S = 2.0
 
     def __init__(self, label: str, until_s: float, stream: TextIO | None = None) -> None:
-        """until_s: simulated seconds at the last arrival; what comes after leaves the bar full."""
+        """until_s: seconds of the run at the last arrival; what comes after leaves the bar full."""
         self._label = label
         self._until_s = until_s
         self._stream = stream or sys.stderr
         self._since = time.monotonic()
         self._bar: Progress | None = None
 
-    def __call__(self, now_s: float) -> None:
+    def __call__(self, now_s: float, state: str | None = None) -> None:
+        """state: what to show beside the bar, by default the time simulated."""
         if not self._stream.isatty() or time.monotonic() - self._since < self.QUIET_S:
             return
         bar = self._bar = self._bar or self._start()
-        bar.update(self._task, completed=min(now_s, self._until_s), clock=format_duration(now_s))
+        shown = f"{format_duration(now_s)} simulated" if state is None else state
+        bar.update(self._task, completed=min(now_s, self._until_s), state=shown)
 
     def _start(self) -> Progress:
         from rich.console import Console
@@ -83,11 +85,11 @@ class SimulationProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[clock]} simulated"),
+            TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
         )
         bar = Progress(*columns, console=Console(file=self._stream), transient=True)
-        self._task = bar.add_task(self._label, total=self._until_s or None, clock="")
+        self._task = bar.add_task(self._label, total=self._until_s or None, state="")
         bar.start()
         return bar
 

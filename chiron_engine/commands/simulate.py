@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from .console import note
-from .exits import CommandError, usage_error
+from .exits import CommandError
 from .option_tables import with_options
+from .run_outputs import STDOUT, check_outputs, input_errors, output_errors, write_text
 from .simulation_options import (
     DEFAULT_PROFILE,
     FLEET_OPTIONS,
     SLO_OPTIONS,
     WORKLOAD_OPTIONS,
     WORLD_OPTIONS,
+    check_traces_given,
     class_slos,
     world_settings,
 )
 
 if TYPE_CHECKING:
     from .simulation import PolicyRun
-
-STDOUT = "-"
 
 
 @with_options("world", WORLD_OPTIONS, "World")
@@ -61,12 +60,12 @@ def simulate(
     error with --json -.
     """
     if listing:
-        with _input_errors():
-            _check_outputs(json_file, None)
+        with input_errors():
+            check_outputs(json_file, None)
         _list_names(json_file)
         return
-    with _input_errors():
-        _check_outputs(json_file, plot)
+    with input_errors():
+        check_outputs(json_file, plot)
     names = [name.strip() for name in policy.split(",")]
     runs, lines = _run(workload, slo, fleet, world, profile, names, bound)
     _write(json_file, runs)
@@ -92,8 +91,8 @@ def _run(
 
     from . import simulation
 
-    with _input_errors():
-        _check_traces_given(workload, slo)
+    with input_errors():
+        check_traces_given(workload, slo)
         profile = load_profile(profile_name)
         settings = world_settings(fleet, world)
         simulation.check_policies(policy_names, fleet["local_autoscaler"], profile, settings)
@@ -125,40 +124,6 @@ def _run(
     return runs, simulation.describe(scaled, profile_name, runs[0].summary)
 
 
-def _check_traces_given(workload: dict[str, Any], slo: dict[str, Any]) -> None:
-    if not (workload["interactive"] or workload["batch"]):
-        raise ValueError("give a trace: --interactive TRACE, --batch TRACE or both (--list names some)")
-    of_batch = {"--batch-load": workload["batch_load"], "--batch-deadline": slo["batch_deadline"]}
-    for flag, value in of_batch.items():
-        if value is not None and not workload["batch"]:
-            raise ValueError(
-                f"{flag} says something of batch requests, and there are none; give --batch TRACE"
-            )
-
-
-@contextmanager
-def _input_errors() -> Iterator[None]:
-    """A ValueError in here is about what the user asked for; it is told on one line."""
-    try:
-        yield
-    except ValueError as error:
-        first, *others = str(error).splitlines()
-        listed = "; ".join(line.strip(" -") for line in others)
-        raise usage_error(f"{first} {listed}".strip()) from error
-
-
-def _check_outputs(json_file: str | None, plot: Path | None) -> None:
-    """Raises ValueError for a file that cannot be written, before a run is paid for."""
-    if json_file not in (None, STDOUT):
-        path = Path(json_file)
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f"--json: {json_file!r} is no file in a folder that exists")
-    if plot is not None:
-        from chiron_engine.sim.plot import check_plot_path
-
-        check_plot_path(plot)
-
-
 def _list_names(json_file: str | None) -> None:
     from chiron_engine.policy.iteration.local_autoscaler import LOCAL_AUTOSCALERS
     from chiron_engine.sim.profiles import profile_names
@@ -174,7 +139,7 @@ def _list_names(json_file: str | None) -> None:
         "local_autoscalers": sorted(LOCAL_AUTOSCALERS),
     }
     if json_file is not None:
-        _write_text(json_file, json.dumps(names, indent=1))
+        write_text(json_file, json.dumps(names, indent=1))
         return
     for title, entries in names.items():
         print(title.replace("_", " "))
@@ -187,18 +152,7 @@ def _write(json_file: str | None, runs: Sequence[PolicyRun]) -> None:
         return
     summaries = [run.summary for run in runs]
     content = summaries if len(summaries) > 1 else summaries[0]
-    _write_text(json_file, json.dumps(content, indent=1, allow_nan=False))
-
-
-def _write_text(json_file: str, text: str) -> None:
-    if json_file == STDOUT:
-        with _output_errors():
-            print(text, flush=True)
-        return
-    try:
-        Path(json_file).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"--json: {json_file}: {error.strerror or error}") from error
+    write_text(json_file, json.dumps(content, indent=1, allow_nan=False))
 
 
 def _plot(path: Path, runs: Sequence[PolicyRun], lines: Sequence[str]) -> None:
@@ -217,18 +171,7 @@ def _print(runs: Sequence[PolicyRun], lines: Sequence[str], json_file: str | Non
     file = sys.stderr if json_file == STDOUT else sys.stdout
     if file is None:  # closed by whoever started the command
         return
-    with _output_errors():
+    with output_errors():
         print(*lines, sep="\n", file=file)
         print_table([run.summary for run in runs], file)
         file.flush()
-
-
-@contextmanager
-def _output_errors() -> Iterator[None]:
-    """A reader that has left ends the command quietly, as everywhere; a full disk is told."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise CommandError(f"the output cannot be written: {error.strerror or error}") from error

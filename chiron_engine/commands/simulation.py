@@ -27,7 +27,7 @@ from chiron_engine.sim.workload import BATCH_SLO, INTERACTIVE_SLO, ClassSlo, Str
 from chiron_engine.sim.world import World
 from chiron_engine.sim.world_settings import WorldSettings
 
-from .console import SimulationProgress
+from .console import RunProgress
 from .durations import parse_positive
 
 CLAIRVOYANT = "clairvoyant"
@@ -219,7 +219,7 @@ def _run(
     """The result and the seconds it took. Each run has a profile of its own, which counts the steps
     beyond its tables."""
     world = World(workload, load_profile(profile_name), policy, settings, seed)
-    progress = SimulationProgress(policy.name, max(stream.trace.span_s for stream in workload.streams))
+    progress = RunProgress(policy.name, max(stream.trace.span_s for stream in workload.streams))
     start = time.perf_counter()
     try:
         return world.run(progress), time.perf_counter() - start

@@ -177,6 +177,20 @@ WORLD_OPTIONS = dict(
 )
 
 
+def check_traces_given(workload: Mapping[str, Any], slo: Mapping[str, Any]) -> None:
+    """Raises ValueError without a trace, or for options of a class that has none."""
+    if not (workload["interactive"] or workload["batch"]):
+        raise ValueError(
+            "give a trace: --interactive TRACE, --batch TRACE or both (`chiron simulate --list` names some)"
+        )
+    of_batch = {"--batch-load": workload["batch_load"], "--batch-deadline": slo["batch_deadline"]}
+    for flag, value in of_batch.items():
+        if value is not None and not workload["batch"]:
+            raise ValueError(
+                f"{flag} says something of batch requests, and there are none; give --batch TRACE"
+            )
+
+
 def class_slos(slo: Mapping[str, Any], batch_1_step_s: float) -> tuple[ClassSlo, ClassSlo]:
     """Objectives of the interactive and of the batch class."""
     interactive = ClassSlo(slo["ttft_slo"], itl_seconds(slo["itl_slo"], batch_1_step_s))

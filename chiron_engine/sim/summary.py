@@ -32,7 +32,7 @@ def summary(
         "trace": {s.slo_class.name.lower(): s.trace.name for s in result.workload.streams},
         "profile": profile,
         "requests": result.workload.num_requests,
-        **_slo_figures(result),
+        **slo_figures(result),
         "gpu_hours": gpu_hours(result),
         "lower_bound_gpu_hours": bound_gpu_hours,
         "peak_instances": peak_instances(result.instances),
@@ -66,7 +66,8 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if math.isfinite(value) else None
 
 
-def _slo_figures(result: RunResult) -> dict[str, Any]:
+def slo_figures(result: RunResult) -> dict[str, Any]:
+    """Attainment by class and latencies of interactive requests, by the keys of the reports."""
     by_class = attainment(result)
     classes = {slo_class.name.lower(): by_class.get(slo_class) for slo_class in SloClass}
     return {
