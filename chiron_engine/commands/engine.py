@@ -45,6 +45,7 @@ def engine(
 
 
 def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
+    from chiron_engine.gateway.engine_pool import EnginePool
     from chiron_engine.gateway.server import Gateway
     from chiron_engine.gateway.text import ModelText
     from chiron_engine.model.source import resolve_model
@@ -64,7 +65,7 @@ def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
 
     def gateway(address: str) -> Gateway:
         name = config.served_model_name or config.model
-        return Gateway(text, name, [address], listen.max_queued_requests)
+        return Gateway(text, name, EnginePool([address]), listen.max_queued_requests)
 
     from .engine_runner import EngineRunner
 

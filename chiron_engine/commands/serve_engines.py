@@ -16,6 +16,7 @@ from chiron_engine.cluster.local_launcher import (
     threads_per_engine,
 )
 from chiron_engine.config import EngineConfig, GatewayConfig
+from chiron_engine.gateway.engine_pool import EnginePool
 from chiron_engine.gateway.server import serve_gateway
 from chiron_engine.gateway.text import ModelText
 from chiron_engine.rpc.shutdown import Shutdown
@@ -108,7 +109,7 @@ class Service:
                     self._listen,
                     text,
                     self._config.served_model_name or self._config.model,
-                    [engine.ready.address for engine in engines],
+                    EnginePool([engine.ready.address for engine in engines]),
                     shutdown=shutdown,
                     on_ready=announce,
                 )

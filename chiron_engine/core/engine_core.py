@@ -12,6 +12,7 @@ from chiron_engine.core.executor import Executor, StepHandle
 from chiron_engine.core.latency_model import LatencyModelExecutor, TimedStep
 from chiron_engine.core.requests import InvalidRequest, QueueFull
 from chiron_engine.core.step_stats import StepHook, StepStats
+from chiron_engine.policy.iteration.autoscaler_inputs import ItlTargets
 from chiron_engine.policy.iteration.kv_tiers import KvTiers, SwapCosts
 from chiron_engine.policy.iteration.limits import Limits, Shrink
 from chiron_engine.policy.iteration.local_autoscaler import LocalAutoscaler
@@ -120,6 +121,10 @@ class EngineCore:
         self.scheduler.hand_back_evicted = wanted
 
     @property
+    def local_autoscaler(self) -> LocalAutoscaler | None:
+        return self._autoscaler
+
+    @property
     def completes_at(self) -> float | None:
         """When the oldest step under way will be complete, where the executor knows; None without one."""
         if not self._in_flight:
@@ -182,6 +187,11 @@ class EngineCore:
                 f"{self.shape.max_step_tokens} tokens"
             )
         self.scheduler.set_limits(Limits(max_running, token_budget, shrink))
+
+    def set_targets(self, targets: ItlTargets) -> None:
+        """Inter-token latencies for the local autoscaler to keep from now on; without one, nothing."""
+        if self._autoscaler is not None:
+            self._set(self._autoscaler.set_targets(targets))
 
     def _set(self, limits: Limits | None) -> None:
         if limits is not None:

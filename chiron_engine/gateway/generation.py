@@ -1,21 +1,22 @@
-"""One request on one engine: from its tokens to the chunks the client reads."""
+"""One request of a client: from its tokens to the chunks that are read."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
 import grpc.aio
 
-from chiron_engine.rpc.engine_link import EngineLink
-from chiron_engine.rpc.errors import RpcFailure, exhausted, unavailable
+from chiron_engine.rpc.errors import exhausted
 from chiron_engine.rpc.raw_handlers import send_headers
 from chiron_engine.rpc.token_stream import TokenStream
 from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, types_pb2
 
+from .engine_router import EngineRouter
 from .output_text import OutputText
 from .text import ModelText
 
@@ -39,7 +40,7 @@ class Generation:
     """Submits on construction; `run` streams to the client; `abort` may come at any time."""
 
     def __init__(
-        self, prompt: Prompt, request_id: str, received: float, text: ModelText, link: EngineLink
+        self, prompt: Prompt, request_id: str, received: float, text: ModelText, router: EngineRouter
     ) -> None:
         """received: when the request came in, on `time.monotonic`."""
         self._request_id = request_id
@@ -47,20 +48,16 @@ class Generation:
         self._prompt_tokens = len(prompt.token_ids)
         self._completion_tokens = 0
         self._text = OutputText(text.detokenizer(), prompt.stops)
-        self._stream = link.submit(prompt.token_ids, prompt.sampling, prompt.slo, request_id)
-        self._aborted = False
+        self._stream = TokenStream(prompt.token_ids, prompt.sampling, prompt.slo, request_id, router)
         self._has_sent_headers = False
+        router.submit(self._stream, received)
 
     def abort(self) -> None:
-        """End the request in the engine, if it has not ended there."""
-        self._aborted = True
+        """End the request, if it has not ended."""
         self._stream.abort()
 
-    async def run(
-        self, context: grpc.aio.ServicerContext, on_first_token: Callable[[], None]
-    ) -> engine_pb2.Rejected | None:
-        """Stream every chunk. Returns the refusal where the engine does not take the request, which
-        is then free to go elsewhere. Raises RpcFailure."""
+    async def run(self, context: grpc.aio.ServicerContext, on_first_token: Callable[[], None]) -> None:
+        """Stream every chunk. Raises RpcFailure."""
         stream = self._stream
         while True:
             tokens = await stream.next()
@@ -71,16 +68,14 @@ class Generation:
             chunk = self._chunk(tokens, stream)
             if self._text.is_stopped:
                 await self._end_at_stop_string(chunk, context)
-                return None
-            if stream.rejected is not None:
-                return stream.rejected
+                return
             if stream.has_ended:
                 await self._end(chunk, context)
-                return None
+                return
             if chunk.token_ids:
                 await self._write(context, chunk)
 
-    def _chunk(self, tokens: list[int], stream: TokenStream) -> inference_pb2.GenerateChunk:
+    def _chunk(self, tokens: array[int], stream: TokenStream) -> inference_pb2.GenerateChunk:
         """Tokens up to a stop string. The token with which the engine stopped is an id, not text."""
         ends_with_stop_token = (
             stream.finished is not None and stream.finished.reason == types_pb2.FINISH_REASON_STOP
@@ -115,25 +110,16 @@ class Generation:
 
     async def _end(self, chunk: inference_pb2.GenerateChunk, context: grpc.aio.ServicerContext) -> None:
         """The stream has ended, well or badly. What came before a failure is still delivered."""
-        finished = self._stream.finished
-        failure = self._failure(finished)
+        failure = self._stream.failure
         if failure is not None:
             if chunk.token_ids:
                 await self._write(context, chunk)
             raise failure
-        assert finished is not None  # `_failure` speaks up otherwise
+        finished = self._stream.finished
+        assert finished is not None  # one of the two is set
         chunk.text += self._text.finish()
         reason = types_pb2.FINISH_REASON_STOP if self._text.is_stopped else finished.reason
         await self._write_last(chunk, reason, context)
-
-    def _failure(self, finished: engine_pb2.Finished | None) -> RpcFailure | None:
-        if finished is None:
-            return unavailable("the engine that served this request was lost; send it again", "engine_lost")
-        if finished.reason == types_pb2.FINISH_REASON_ERROR:
-            return unavailable("the engine failed on this request; send it again", "engine_lost")
-        if finished.reason == types_pb2.FINISH_REASON_ABORT and not self._aborted:
-            return unavailable("the engine was shut down before the request ended", "draining")
-        return None
 
     async def _write_last(
         self,
@@ -170,5 +156,5 @@ class Generation:
             max_itl_ms=times.longest_gap * 1e3,
             total_ms=(time.monotonic() - self._received) * 1e3,
             queue_ms=finished.queue_s * 1e3,
-            preemptions=finished.preemptions,
+            preemptions=finished.preemptions + self._stream.num_evictions,
         )

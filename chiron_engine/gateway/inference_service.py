@@ -1,4 +1,4 @@
-"""The Inference service: checks requests, picks an engine, and turns its tokens into client chunks."""
+"""The Inference service: checks requests, has them run, and turns their tokens into client chunks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import grpc
 import grpc.aio
 
 from chiron_engine import __version__
-from chiron_engine.rpc.engine_link import EngineLink, EnginePool
 from chiron_engine.rpc.errors import RpcFailure, exhausted, invalid_argument, unavailable
 from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
 
 from . import limits
+from .engine_router import EngineRouter
 from .generation import Generation, Prompt
 from .text import ModelText, TextError
 
@@ -48,10 +48,12 @@ class LiveRequest:
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Runs on one event loop; long texts and chat templates go to threads."""
 
-    def __init__(self, text: ModelText, model_name: str, pool: EnginePool, max_queued_requests: int) -> None:
+    def __init__(
+        self, text: ModelText, model_name: str, router: EngineRouter, max_queued_requests: int
+    ) -> None:
         self._text = text
         self._model_name = model_name
-        self._pool = pool
+        self._router = router
         self._max_queued_requests = max_queued_requests
         self._live: dict[str, LiveRequest] = {}
         self._waiting = 0
@@ -138,7 +140,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             eos_token_ids=hello.eos_token_ids,
             dtype=hello.dtype,
             has_chat_template=self._text.has_chat_template,
-            engines=len(self._pool.ready),
+            engines=self._router.num_ready,
             version=__version__,
         )
 
@@ -178,18 +180,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, live: LiveRequest, context: grpc.aio.ServicerContext
     ) -> None:
         prompt = await self._check(request)
-        tried: list[EngineLink] = []
-        while True:
-            link = self._choose(tried)
-            live.generation = Generation(prompt, live.request_id, live.received, self._text, link)
-            if live.is_aborted:
-                live.generation.abort()
-            refused = await live.generation.run(context, lambda: self._stop_waiting(live))
-            if refused is None:
-                return
-            tried.append(link)
-            if self._pool.least_loaded(tried) is None:
-                raise _refusal(refused)
+        live.generation = Generation(prompt, live.request_id, live.received, self._text, self._router)
+        if live.is_aborted:
+            live.generation.abort()
+        await live.generation.run(context, lambda: self._stop_waiting(live))
 
     async def _check(self, request: inference_pb2.GenerateRequest) -> Prompt:
         """Everything that can be wrong with a request, before an engine sees it."""
@@ -248,22 +242,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             raise invalid_argument(str(error)) from None
 
     def _hello(self) -> engine_pb2.Hello:
-        hello = self._pool.hello
+        hello = self._router.hello
         if hello is None:
             raise unavailable("no engine is ready yet; the model may still be loading", "model_loading")
         return hello
-
-    def _choose(self, tried: list[EngineLink]) -> EngineLink:
-        link = self._pool.least_loaded(tried)
-        if link is None:
-            raise unavailable("no engine is ready; try again shortly", "server_is_overloaded")
-        return link
-
-
-def _refusal(rejected: engine_pb2.Rejected) -> RpcFailure:
-    """What an engine answered, as the client's error."""
-    if rejected.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]:
-        return invalid_argument(rejected.message)
-    if rejected.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
-        return exhausted(rejected.message, "rate_limit_exceeded", rejected.retry_after_ms or None)
-    return unavailable(rejected.message, "server_is_overloaded", rejected.retry_after_ms)

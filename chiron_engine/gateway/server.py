@@ -10,12 +10,12 @@ import grpc.aio
 
 from chiron_engine.config import GatewayConfig
 from chiron_engine.rpc.client import INFERENCE_SERVICE
-from chiron_engine.rpc.engine_link import EnginePool
 from chiron_engine.rpc.port import bind
 from chiron_engine.rpc.server import Health, create_server, enable_reflection
 from chiron_engine.rpc.shutdown import Shutdown
 from chiron_engine.rpc.v1 import inference_pb2_grpc
 
+from .engine_router import EngineRouter
 from .inference_service import InferenceService
 from .text import ModelText
 
@@ -33,11 +33,11 @@ class Gateway:
     services = (INFERENCE_SERVICE,)
 
     def __init__(
-        self, text: ModelText, model_name: str, engines: Sequence[str], max_queued_requests: int = 1024
+        self, text: ModelText, model_name: str, router: EngineRouter, max_queued_requests: int = 1024
     ) -> None:
-        """engines: their `host:port` addresses. model_name: the name clients see."""
-        self.pool = EnginePool(engines)
-        self._service = InferenceService(text, model_name, self.pool, max_queued_requests)
+        """router: runs the requests. model_name: the name clients see."""
+        self._router = router
+        self._service = InferenceService(text, model_name, router, max_queued_requests)
         self._changed = asyncio.Event()
         self._draining = False
         self._health_task: asyncio.Task[None] | None = None
@@ -47,17 +47,17 @@ class Gateway:
 
     def start(self, health: Health, services: Sequence[str] = services) -> None:
         """Connect to the engines; from now on `services` follow this gateway's readiness."""
-        self.pool.on_change(self._changed.set)
+        self._router.on_change(self._changed.set)
         self._health_task = asyncio.create_task(self._follow_health(health, services))
-        self.pool.start()
+        self._router.start()
 
     @property
     def is_ready(self) -> bool:
-        return not self._draining and bool(self.pool.ready)
+        return not self._draining and self._router.num_ready > 0
 
     async def wait_ready(self) -> None:
         ready = asyncio.Event()
-        self.pool.on_change(ready.set)
+        self._router.on_change(ready.set)
         while not self.is_ready:
             await ready.wait()
             ready.clear()
@@ -72,7 +72,7 @@ class Gateway:
         """Drop the links; engines abort what is left."""
         if self._health_task is not None:
             self._health_task.cancel()
-        await self.pool.close()
+        await self._router.close()
         self._service.close()
 
     async def _follow_health(self, health: Health, services: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ async def serve_gateway(
     config: GatewayConfig,
     text: ModelText,
     model_name: str,
-    engines: Sequence[str],
+    router: EngineRouter,
     *,
     shutdown: Shutdown | None = None,
     on_ready: Callable[[int], None] = lambda port: None,
@@ -101,7 +101,7 @@ async def serve_gateway(
         shutdown = Shutdown(config.drain_timeout_s)
         shutdown.install()
     server = create_server(config.max_message_bytes)
-    gateway = Gateway(text, model_name, engines, config.max_queued_requests)
+    gateway = Gateway(text, model_name, router, config.max_queued_requests)
     gateway.add_to(server)
     health = Health(server)
     everything = ("", *gateway.services)

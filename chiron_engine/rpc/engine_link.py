@@ -7,7 +7,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -22,9 +22,6 @@ FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 2.0
 # An engine message may hold many prompts; this keeps it well under the message limit.
 MAX_COMMAND_TOKENS = 1 << 19
-# What a waiting prompt token weighs beside a request that decodes: about 500 prompt tokens cost an
-# engine what one more request costs over its life.
-PROMPT_TOKENS_PER_REQUEST = 512
 
 
 class EngineLink:
@@ -41,9 +38,9 @@ class EngineLink:
         self._connected = False
         self._streams: dict[int, TokenStream] = {}
         self._handles = itertools.count(1)
-        self._prompt_tokens_waiting = 0
         self._submits: list[engine_pb2.Submit] = []
         self._aborts: list[int] = []
+        self._forgets: list[int] = []
         self._unsent = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -52,10 +49,9 @@ class EngineLink:
         return self._connected and not self.load.draining
 
     @property
-    def outstanding(self) -> float:
-        """Work that this gateway, or the engine as it last said, has before it; in requests."""
-        requests = max(len(self._streams), self.load.running + self.load.waiting)
-        return requests + self._prompt_tokens_waiting / PROMPT_TOKENS_PER_REQUEST
+    def outstanding(self) -> int:
+        """Requests that this process, or the engine as it last said, has there."""
+        return max(len(self._streams), self.load.running + self.load.waiting)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._keep_connected(), name=f"engine-link {self.address}")
@@ -67,35 +63,26 @@ class EngineLink:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def submit(
-        self,
-        prompt_ids: Sequence[int],
-        sampling: types_pb2.SamplingParams,
-        slo: types_pb2.Slo,
-        request_id: str,
-    ) -> TokenStream:
-        """Start a request. It is lost at once where the engine is not connected."""
-        stream = TokenStream(next(self._handles), len(prompt_ids), self._abort)
+    def run(self, stream: TokenStream) -> None:
+        """Start an attempt of this request here. It is lost at once where the engine is not connected."""
+        handle = next(self._handles)
+        submit = stream.submission(self, handle)
         if not self._connected:
             stream.lose()
-            return stream
-        self._streams[stream.handle] = stream
-        self._prompt_tokens_waiting += stream.prompt_tokens
-        self._submits.append(
-            engine_pb2.Submit(
-                handle=stream.handle,
-                prompt_token_ids=prompt_ids,
-                sampling=sampling,
-                slo=slo,
-                request_id=request_id,
-            )
-        )
+            return
+        self._streams[handle] = stream
+        self._submits.append(submit)
         self._unsent.set()
-        return stream
 
-    def _abort(self, stream: TokenStream) -> None:
-        if stream.handle in self._streams:
-            self._aborts.append(stream.handle)
+    def forget(self, key: int) -> None:
+        """Let go what the engine has saved of an evicted request."""
+        if self._connected:
+            self._forgets.append(key)
+            self._unsent.set()
+
+    def abort(self, handle: int) -> None:
+        if handle in self._streams:
+            self._aborts.append(handle)
             self._unsent.set()
 
     async def _keep_connected(self) -> None:
@@ -167,78 +154,44 @@ class EngineLink:
         if self._submits:  # aborts stay behind the submits they may name
             return engine_pb2.EngineCommand(submits=submits)
         aborts, self._aborts = self._aborts, []
+        forgets, self._forgets = self._forgets, []
         self._unsent.clear()
-        return engine_pb2.EngineCommand(submits=submits, aborts=aborts)
+        return engine_pb2.EngineCommand(submits=submits, aborts=aborts, forgets=forgets)
 
     def _receive(self, output: engine_pb2.StepOutput) -> None:
         now = time.monotonic()
         streams = self._streams
         for handle, token in zip(output.handles, output.token_ids, strict=True):
             stream = streams.get(handle)
-            if stream is None:
-                continue
-            if stream.times.count == 0:
-                self._prompt_tokens_waiting -= stream.prompt_tokens
-            stream.push(token, now)
+            if stream is not None:
+                stream.push(token, now)
         for finished in output.finished:
-            if (stream := self._forget(finished.handle)) is not None:
-                stream.finish(finished)
+            if (stream := self._streams.pop(finished.handle, None)) is not None:
+                _end(stream, finished)
+        for evicted in output.evicted:
+            if (stream := self._streams.pop(evicted.handle, None)) is not None:
+                stream.evict(evicted)
         for rejected in output.rejected:
-            if (stream := self._forget(rejected.handle)) is not None:
+            if (stream := self._streams.pop(rejected.handle, None)) is not None:
                 stream.reject(rejected)
         was_draining, self.load = self.load.draining, output.load
         if was_draining != self.load.draining:
             self._on_change()
 
-    def _forget(self, handle: int) -> TokenStream | None:
-        stream = self._streams.pop(handle, None)
-        if stream is not None and stream.times.count == 0:
-            self._prompt_tokens_waiting -= stream.prompt_tokens
-        return stream
-
     def _lose_all(self) -> None:
         self._connected = False
         streams, self._streams = self._streams, {}
-        self._submits, self._aborts = [], []
+        self._submits, self._aborts, self._forgets = [], [], []
         self._unsent.clear()
-        self._prompt_tokens_waiting = 0
         for stream in streams.values():
             stream.lose()
         self._on_change()
 
 
-class EnginePool:
-    """The links to all engines, and the choice among them."""
-
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self._listeners: list[Callable[[], None]] = []
-        self.links = [EngineLink(address, self._changed) for address in addresses]
-
-    @property
-    def ready(self) -> list[EngineLink]:
-        return [link for link in self.links if link.is_ready]
-
-    @property
-    def hello(self) -> engine_pb2.Hello | None:
-        """What an engine said of the model; all engines of a pool serve the same one."""
-        known = [link.hello for link in self.links if link.hello is not None]
-        return known[0] if known else None
-
-    def on_change(self, listener: Callable[[], None]) -> None:
-        self._listeners.append(listener)
-
-    def start(self) -> None:
-        for link in self.links:
-            link.start()
-
-    async def close(self) -> None:
-        await asyncio.gather(*(link.close() for link in self.links))
-
-    def least_loaded(self, excluded: Sequence[EngineLink] = ()) -> EngineLink | None:
-        """The ready engine with the least outstanding work; ties go to any of them."""
-        candidates = [link for link in self.ready if link not in excluded]
-        return min(candidates, key=lambda link: (link.outstanding, random.random()), default=None)
-
-    def _changed(self) -> None:
-        for listener in self._listeners:
-            listener()
+def _end(stream: TokenStream, finished: engine_pb2.Finished) -> None:
+    """An engine that fails, or is shut down, ends its requests; they may go on elsewhere."""
+    shut_down = finished.reason == types_pb2.FINISH_REASON_ABORT and not stream.is_aborted
+    if shut_down or finished.reason == types_pb2.FINISH_REASON_ERROR:
+        stream.lose()
+    else:
+        stream.finish(finished)

@@ -1,15 +1,22 @@
-"""The tokens of one request on their way from an engine to the client's stream."""
+"""The tokens of one request, wherever they are computed: one attempt on an engine after another."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from .v1 import engine_pb2
+import grpc
+
+from .errors import RpcFailure, invalid_argument
+from .v1 import engine_pb2, types_pb2
 
 # Tokens that may wait for a client that does not read: some 64 KiB of text.
 MAX_PENDING_TOKENS = 1 << 14
+
+INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 
 
 @dataclass(slots=True)
@@ -30,33 +37,86 @@ class TokenTimes:
         self.count += 1
 
 
-class TokenStream:
-    """One attempt of one request on one engine. Exactly one of `finished`, `rejected` and `lost`
-    is set when it has ended, and it stays readable then."""
+class Attempt(Protocol):
+    """A stay on one engine, to be ended from here."""
 
-    def __init__(self, handle: int, prompt_tokens: int, abort: Callable[[TokenStream], None]) -> None:
-        self.handle = handle
-        self.prompt_tokens = prompt_tokens
+    def abort(self, handle: int) -> None: ...
+
+
+class StreamOwner(Protocol):
+    """Chooses engines for streams. Called on the event loop of the stream."""
+
+    def paused(self, stream: TokenStream) -> None:
+        """It waits for another engine: `stream.pause` says why."""
+        ...
+
+    def ended(self, stream: TokenStream) -> None:
+        """Called once, after which the stream asks for nothing more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Why an attempt ended before its request. saved_tokens: KV that the engine keeps of an evicted
+    one. Exactly one of the three kinds: evicted, refused (`rejected`), or the engine is gone."""
+
+    evicted: bool = False
+    saved_tokens: int = 0
+    rejected: engine_pb2.Rejected | None = None
+
+
+class TokenStream:
+    """Holds the prompt and all tokens so far, so that losing an engine loses nothing: the owner starts
+    another attempt, which goes on where the last one stopped (equal seeds and positions draw equal
+    tokens). Exactly one of `finished` and `failure` is set when it has ended.
+
+    key: its name over all its attempts, given by the owner. num_attempts: started so far.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: types_pb2.SamplingParams,
+        slo: types_pb2.Slo,
+        request_id: str,
+        owner: StreamOwner,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.sampling = sampling
+        self.slo = slo
+        self.request_id = request_id
+        self.key = 0
+        self.tokens = array("I")
         self.times = TokenTimes()
         self.finished: engine_pb2.Finished | None = None
-        self.rejected: engine_pb2.Rejected | None = None
-        self.lost = False
+        self.failure: RpcFailure | None = None
+        self.pause: Pause | None = None
         self.overflowed = False
-        self._abort = abort
-        self._pending: list[int] = []
+        self.is_aborted = False
+        self.num_attempts = 0
+        self.num_evictions = 0
+        self._owner = owner
+        self._attempt: Attempt | None = None
+        self._handle = 0
+        self._read = 0
         self._ready = asyncio.Event()
 
     @property
     def has_ended(self) -> bool:
-        return self.lost or self.finished is not None or self.rejected is not None
+        return self.finished is not None or self.failure is not None
 
-    async def next(self) -> list[int]:
+    @property
+    def is_running(self) -> bool:
+        return self._attempt is not None
+
+    async def next(self) -> array[int]:
         """The tokens that came since the last call, waiting for some unless the stream has ended
         (then possibly none)."""
         await self._ready.wait()
         if not self.has_ended:
             self._ready.clear()
-        tokens, self._pending = self._pending, []
+        tokens = self.tokens[self._read :]
+        self._read += len(tokens)
         return tokens
 
     async def wait_ended(self) -> None:
@@ -64,27 +124,94 @@ class TokenStream:
             await self.next()
 
     def abort(self) -> None:
-        """Tell the engine to end the request; the stream ends when the engine says so."""
-        if not self.has_ended:
-            self._abort(self)
+        """End the request: at once where no engine has it, else when the engine says so."""
+        if self.has_ended or self.is_aborted:
+            return
+        self.is_aborted = True
+        if self._attempt is not None:
+            self._attempt.abort(self._handle)
+        else:
+            self.finish(engine_pb2.Finished(reason=types_pb2.FINISH_REASON_ABORT))
+
+    # For the owner.
+
+    def end_of(self, hello: engine_pb2.Hello) -> types_pb2.FinishReason | None:
+        """Whether the tokens so far are all there will be: the engine may have gone before it could
+        say so."""
+        if not self.tokens:
+            return None
+        stops = set(self.sampling.stop_token_ids)
+        if not self.sampling.ignore_eos:
+            stops.update(hello.eos_token_ids)
+        if self.tokens[-1] in stops:
+            return types_pb2.FINISH_REASON_STOP
+        full = len(self.prompt_ids) + len(self.tokens) >= hello.max_model_len
+        if full or len(self.tokens) >= (self.sampling.max_tokens or hello.max_model_len):
+            return types_pb2.FINISH_REASON_LENGTH
+        return None
+
+    def submission(self, attempt: Attempt, handle: int) -> engine_pb2.Submit:
+        """Begin another attempt, as `handle` of `attempt`: the message that starts it."""
+        self._attempt, self._handle = attempt, handle
+        self.pause = None
+        self.num_attempts += 1
+        submit = engine_pb2.Submit(
+            handle=handle,
+            prompt_token_ids=self.prompt_ids,
+            sampling=self.sampling,
+            slo=self.slo,
+            request_id=self.request_id,
+            key=self.key,
+        )
+        if self.tokens:
+            submit.prompt_token_ids.extend(self.tokens)
+            if self.sampling.HasField("max_tokens"):
+                submit.sampling.max_tokens = self.sampling.max_tokens - len(self.tokens)
+        return submit
+
+    def fail(self, failure: RpcFailure) -> None:
+        """No engine will go on with it; the client is told why."""
+        self.failure = failure
+        self._end()
+
+    # For the attempt.
 
     def push(self, token: int, now: float) -> None:
         self.times.add(now)
-        self._pending.append(token)
-        if len(self._pending) > MAX_PENDING_TOKENS and not self.overflowed:
+        self.tokens.append(token)
+        if len(self.tokens) - self._read > MAX_PENDING_TOKENS and not self.overflowed:
             self.overflowed = True
             self.abort()
         self._ready.set()
 
     def finish(self, finished: engine_pb2.Finished) -> None:
         self.finished = finished
-        self._ready.set()
+        self._end()
+
+    def evict(self, evicted: engine_pb2.Evicted) -> None:
+        self.num_evictions += 1
+        self._pause(Pause(evicted=True, saved_tokens=evicted.saved_tokens))
 
     def reject(self, rejected: engine_pb2.Rejected) -> None:
-        self.rejected = rejected
-        self._ready.set()
+        """Final where the request itself is at fault."""
+        if rejected.code == INVALID_ARGUMENT:
+            self.fail(invalid_argument(rejected.message))
+        else:
+            self._pause(Pause(rejected=rejected))
 
     def lose(self) -> None:
         """The engine, or the connection to it, is gone."""
-        self.lost = True
+        self._pause(Pause())
+
+    def _pause(self, pause: Pause) -> None:
+        self._attempt = None
+        if self.is_aborted:
+            self.finish(engine_pb2.Finished(reason=types_pb2.FINISH_REASON_ABORT))
+            return
+        self.pause = pause
+        self._owner.paused(self)
+
+    def _end(self) -> None:
+        self._attempt = None
         self._ready.set()
+        self._owner.ended(self)

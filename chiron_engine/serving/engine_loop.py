@@ -15,9 +15,10 @@ from functools import partial
 
 from chiron_engine.core.engine_core import EngineCore, EngineLoad
 from chiron_engine.core.requests import InvalidRequest, QueueFull
+from chiron_engine.policy.iteration.autoscaler_inputs import ItlTargets
 from chiron_engine.policy.iteration.limits import Shrink
 from chiron_engine.policy.iteration.plan import StepOutput
-from chiron_engine.policy.iteration.request import FinishReason, Request
+from chiron_engine.policy.iteration.request import FinishReason, Request, RequestState
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ class Rejection:
 
 @dataclass(slots=True, eq=False)
 class LoopOutput:
-    """What one turn of the loop brought. A request is named in `step.finished` or in `rejected`
-    exactly once, and never afterwards."""
+    """What one turn of the loop brought. A request is named in `step.finished`, `step.handed_back` or
+    `rejected` exactly once, and never afterwards, unless it was handed back and submitted again."""
 
     step: StepOutput
     load: EngineLoad
@@ -84,6 +85,7 @@ class EngineLoop:
         self._load = core.load()
         self._live: dict[int, Request] = {}
         self._rejected: list[Rejection] = []
+        self._given_back: list[Request] = []
         self._blocked = False
         self._subscribers: tuple[Subscriber, ...] = ()
         self.drained: Future[None] = Future()  # set once it drains and has no request, or has ended
@@ -129,6 +131,18 @@ class EngineLoop:
         if not self._post(partial(self._set_limits, done, max_running, token_budget, shrink)):
             done.set_exception(EngineUnavailable(self._state))
         return done
+
+    def set_targets(self, targets: ItlTargets) -> None:
+        """Inter-token latencies for the local autoscaler to keep, from the next step on."""
+        self._post(partial(self._core.set_targets, targets))
+
+    def forget(self, request: Request) -> None:
+        """Drop what is saved of a request that was handed back."""
+        self._post(partial(self._forget, request))
+
+    def give_back_batch(self) -> None:
+        """Hand back every batch request, with nothing saved of it."""
+        self._post(self._give_back_batch)
 
     def drain(self) -> None:
         """Take no more requests; those here run to their end, then `drained` is set."""
@@ -192,13 +206,18 @@ class EngineLoop:
 
     def _turn(self) -> None:
         output = self._core.step() if self._core.has_work else StepOutput(self._load.step)
-        for request in output.finished:
+        if self._given_back:
+            output.handed_back = [*output.handed_back, *self._given_back]
+            self._given_back = []
+        for request in (*output.finished, *output.handed_back):
             self._live.pop(request.request_id, None)
         steps_before, self._load = self._load.step, self._core.load()
-        moved = self._load.step != steps_before or bool(output.requests or output.finished)
+        moved = self._load.step != steps_before or bool(
+            output.requests or output.finished or output.handed_back
+        )
         self._blocked = self._core.has_work and not moved
         rejected, self._rejected = self._rejected, []
-        if output.requests or output.finished or rejected:
+        if output.requests or output.finished or output.handed_back or rejected:
             self._deliver(LoopOutput(output, self._load, rejected))
 
     def _deliver(self, output: LoopOutput) -> None:
@@ -220,6 +239,13 @@ class EngineLoop:
     def _abort(self, request_ids: tuple[int, ...]) -> None:
         for request_id in request_ids:
             self._core.abort(request_id)
+
+    def _forget(self, request: Request) -> None:
+        if request.state is RequestState.EVICTED:  # it may have come back meanwhile
+            self._core.forget(request)
+
+    def _give_back_batch(self) -> None:
+        self._given_back += self._core.give_back_batch()
 
     def _set_limits(self, done: Future[None], max_running: int, token_budget: int, shrink: Shrink) -> None:
         if not done.set_running_or_notify_cancel():  # whoever asked has given up

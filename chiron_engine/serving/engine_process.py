@@ -76,7 +76,7 @@ async def run_engine(
     port: 0 lets the system choose. seed: where the seeds of requests without one start.
     shutdown: without one, SIGTERM and SIGINT are handled here. `drain_timeout_s` applies to it only.
     companion: given the engine's address (`host:port`), makes a gateway for the same server, as
-        `lambda address: Gateway(text, name, [address])`.
+        `lambda address: Gateway(text, name, EnginePool([address]))`.
     on_listening, on_ready: called once each, with the port; ready is when a request would be served.
 
     Raises PortInUse or BindError at once, whatever `load` raises, and EngineFailed when a step

@@ -20,7 +20,7 @@ import grpc.aio
 
 from chiron_engine.core.engine_core import EngineLoad
 from chiron_engine.core.requests import build_request
-from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo, SloClass
+from chiron_engine.policy.iteration.request import Request, RequestState, SamplingParams, Slo, SloClass
 from chiron_engine.rpc.errors import invalid_argument, unavailable
 from chiron_engine.rpc.v1 import engine_pb2, engine_pb2_grpc
 from chiron_engine.rpc.wire import sampling_fields, slo_fields
@@ -64,6 +64,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._loop = loop
         self._description = description
         self._seeds.seed(seed)
+        self._block_size = loop.shape.block_size
         self.phase = "ready"
         self._unsubscribe = loop.subscribe(self._receive)
 
@@ -132,6 +133,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         stream.ready.set()
         loop.abort(stream.request_ids.values())
         stream.request_ids = {}
+        for saved in stream.saved.values():
+            loop.forget(saved)
+        stream.saved = {}
 
     async def _read(
         self, commands: AsyncIterator[engine_pb2.EngineCommand], stream: Stream, loop: EngineLoop
@@ -143,6 +147,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             aborted = [stream.request_ids[h] for h in command.aborts if h in stream.request_ids]
             if aborted:
                 loop.abort(aborted)
+            for key in command.forgets:
+                if (saved := stream.saved.pop(key, None)) is not None:
+                    loop.forget(saved)
 
     async def _write(self, context: grpc.aio.ServicerContext, stream: Stream, loop: EngineLoop) -> None:
         await context.write(engine_pb2.EngineEvent(hello=self._hello(loop)))
@@ -160,7 +167,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if submit.handle in stream.request_ids:
             raise invalid_argument(f"handle {submit.handle} is in use on this stream")
         try:
-            request = self._build(submit, stream, loop)
+            request = self._resumed(submit, stream, loop) or self._build(submit, stream, loop)
             loop.submit(request)
         except ValueError as error:  # InvalidRequest too
             stream.reject(submit.handle, grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -168,6 +175,17 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             stream.reject(submit.handle, grpc.StatusCode.UNAVAILABLE, str(error), 1000)
         else:
             stream.request_ids[submit.handle] = request.request_id
+
+    def _resumed(self, submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop) -> Request | None:
+        """The evicted request that comes back here, if what was saved of it is of these tokens."""
+        request = stream.saved.pop(submit.key, None)
+        if request is None:
+            return None
+        if len(request.prompt_ids) + len(request.output_ids) != len(submit.prompt_token_ids):
+            loop.forget(request)
+            return None
+        request.client = Origin(stream, submit.handle, submit.key)
+        return request
 
     def _build(self, submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop) -> Request:
         now = loop.clock.now()
@@ -186,7 +204,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 None if slo["deadline_s"] is None else now + slo["deadline_s"],
             ),
             arrival=now,
-            client=Origin(stream, submit.handle),
+            client=Origin(stream, submit.handle, submit.key),
         )
 
     def _receive(self, output: LoopOutput) -> None:
@@ -220,9 +238,27 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             origin.stream.request_ids.pop(origin.handle, None)
             origin.stream.finished.append(finished_message(origin.handle, request))
             touched.add(origin.stream)
+        for request in step.handed_back:
+            self._hand_back(request, touched)
         for rejection in output.rejected:
             origin = origin_of(rejection.request)
             origin.stream.reject(origin.handle, *refusal(rejection))
+
+    def _hand_back(self, request: Request, touched: set[Stream]) -> None:
+        """An evicted request leaves. What was saved of it stays only where it may come back for it."""
+        origin = origin_of(request)
+        stream = origin.stream
+        saved = request.state is RequestState.EVICTED
+        keeps = saved and bool(origin.key and request.host_blocks) and not stream.is_over
+        if keeps and self._phase() == "ready":
+            stream.saved[origin.key] = request
+        elif saved and self._loop is not None:
+            keeps = False
+            self._loop.forget(request)
+        stream.request_ids.pop(origin.handle, None)
+        saved_tokens = len(request.host_blocks) * self._block_size if keeps else 0
+        stream.evicted.append(engine_pb2.Evicted(handle=origin.handle, saved_tokens=saved_tokens))
+        touched.add(stream)
 
     @staticmethod
     def _now() -> float:

@@ -28,22 +28,26 @@ ENGINE_FAILED = "the engine failed"
 
 @dataclass(slots=True, eq=False)
 class Origin:
-    """Where a request came from; its `client`."""
+    """Where a request came from; its `client`. key: its name over all its attempts, 0 for none."""
 
     stream: Stream
     handle: int
+    key: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Stream:
     """One gateway's stream: its live requests, and what waits to be written to it. `failure` ends
-    the call with an error; `is_over`: nothing more is to be written."""
+    the call with an error; `is_over`: nothing more is to be written. saved: evicted requests whose
+    KV waits here for them, by key."""
 
     request_ids: dict[int, int] = field(default_factory=dict)  # by handle
+    saved: dict[int, Request] = field(default_factory=dict)
     handles: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     finished: list[engine_pb2.Finished] = field(default_factory=list)
     rejected: list[engine_pb2.Rejected] = field(default_factory=list)
+    evicted: list[engine_pb2.Evicted] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     is_writing: bool = False
     is_over: bool = False
@@ -51,7 +55,7 @@ class Stream:
 
     @property
     def has_output(self) -> bool:
-        return self.is_writing or bool(self.tokens or self.finished or self.rejected)
+        return self.is_writing or bool(self.tokens or self.finished or self.rejected or self.evicted)
 
     def push(self, handle: int, token: int) -> None:
         """Without effect once the stream has failed: nobody will read it."""
@@ -88,9 +92,10 @@ class Stream:
             token_ids=self.tokens,
             finished=self.finished,
             rejected=self.rejected,
+            evicted=self.evicted,
             load=load,
         )
-        self.handles, self.tokens, self.finished, self.rejected = [], [], [], []
+        self.handles, self.tokens, self.finished, self.rejected, self.evicted = [], [], [], [], []
         return engine_pb2.EngineEvent(output=output)
 
 

@@ -10,6 +10,7 @@ import logging
 import sys
 
 from chiron_engine.core.engine_core import EngineCore
+from chiron_engine.gateway.engine_pool import EnginePool
 from chiron_engine.gateway.server import Gateway
 from chiron_engine.gateway.text import ModelText
 from chiron_engine.serving.engine_process import LoadedEngine, run_engine
@@ -20,7 +21,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
     step_s, drain_s = float(sys.argv[1]), float(sys.argv[2])
     text = ModelText.from_directory(sys.argv[3]) if len(sys.argv) > 3 else None
-    companion = None if text is None else lambda address: Gateway(text, NAME, [address])
+    companion = None if text is None else lambda address: Gateway(text, NAME, EnginePool([address]))
     asyncio.run(
         run_engine(
             lambda report: LoadedEngine(EngineCore(slow_executor(step_s)), DESCRIPTION),

@@ -20,6 +20,7 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import Executor, ExecutorShape
 from chiron_engine.core.latency_model import LatencyModelExecutor
 from chiron_engine.core.null_executor import NullExecutor
+from chiron_engine.gateway.engine_pool import EnginePool
 from chiron_engine.gateway.server import serve_gateway
 from chiron_engine.gateway.text import ModelText
 from chiron_engine.policy.iteration.step_costs import StepCosts
@@ -118,7 +119,7 @@ async def running_gateway(
     settings = GatewayConfig(grpc_port=config.pop("grpc_port", free_port()), **config)  # type: ignore[arg-type]
     shutdown = Shutdown(settings.drain_timeout_s)
     task = asyncio.create_task(
-        serve_gateway(settings, ModelText.from_directory(model), NAME, engines, shutdown=shutdown)
+        serve_gateway(settings, ModelText.from_directory(model), NAME, EnginePool(engines), shutdown=shutdown)
     )
     async with InferenceClient(f"127.0.0.1:{settings.grpc_port}") as client:
         try:

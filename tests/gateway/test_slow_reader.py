@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 import grpc.aio
@@ -13,20 +14,30 @@ import pytest
 from chiron_engine.rpc.client import sampling
 from chiron_engine.rpc.errors import error_code
 from chiron_engine.rpc.token_stream import MAX_PENDING_TOKENS, TokenStream
-from chiron_engine.rpc.v1 import inference_pb2, inference_pb2_grpc
+from chiron_engine.rpc.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from tests.gateway.serving_stack import SHAPE, null_executor, serving
 from tests.gateway.tiny_model import write_tiny_model
 
 
 def test_tokens_that_nobody_takes_end_the_request_at_the_bound() -> None:
-    aborted: list[TokenStream] = []
-    stream = TokenStream(1, 1, aborted.append)
+    class Engine:
+        aborted: ClassVar[list[int]] = []
+
+        def abort(self, handle: int) -> None:
+            self.aborted.append(handle)
+
+    class Owner:
+        def paused(self, stream: TokenStream) -> None: ...
+        def ended(self, stream: TokenStream) -> None: ...
+
+    stream = TokenStream([1], sampling(), types_pb2.Slo(), "a", Owner())
+    stream.submission(Engine(), 7)
     for token in range(MAX_PENDING_TOKENS):
         stream.push(token, 0.0)
-    assert not aborted
+    assert not Engine.aborted
     for token in range(10):
         stream.push(token, 0.0)
-    assert aborted == [stream]
+    assert Engine.aborted == [7]
     assert stream.overflowed
 
 
