@@ -1,11 +1,13 @@
 """Choose the next token of each row: greedy, temperature, top-k, top-p, in that order.
 
-Randomness is counter-based: a row draws one uniform number that is a function of (seed, position)
-alone, and inverts the cumulative distribution of the tokens its filters leave, in vocabulary
-order. Weights are whole numbers held in floating point, so their sums are exact in any order of
-addition: for given logits a row's token depends neither on its batch mates nor on how a device splits
-a sum. The logits themselves may move by rounding with the number of rows; a draw that falls next to
-the boundary of two tokens can then go to the other.
+A draw is a race: among items of weight w, each scores w / E with exponential noise E of its own, and the
+largest score wins, which happens in proportion to the weights. (In logarithms it is Gumbel-max:
+log w - log E.) It is run twice, among blocks of RACE_BLOCK neighbouring token ids by the sum of their
+weights, then among the tokens of the block that won; so noise is made for a few hundred items a row and
+not for the vocabulary. It is a function of (seed, position, block or token id) alone. So a request that
+goes on in another batch or on another engine draws the same token at the same position, although
+rounding moves its logits a little: another one can win only where the two largest scores of a race, or a
+token and the cut of top-k or top-p, lie within that rounding.
 """
 
 from __future__ import annotations
@@ -18,58 +20,28 @@ from torch import Tensor
 
 from chiron_engine.policy.iteration.request import SamplingParams
 
+from .sampling_noise import exponentials, item_keys, random_bits, signed
+
 # Below this a temperature is greedy: the second best token would need a logit equal to the best.
 MIN_TEMPERATURE = 1e-5
-# Weights are exp(logit - largest) in units of 2**-32; a row of 2**20 of them sums below 2**53, so
-# float64 holds every partial sum exactly.
+# Weights are whole numbers, exp(logit - largest) in units of 2**-32; a row of 2**20 of them sums below
+# 2**53, so float64 holds every partial sum exactly: top-p cuts alike however a device splits a sum.
 WEIGHT_SCALE = 2.0**32
-CDF_BLOCK = 256
+RACE_BLOCK = 256
 TOP_P_FIRST_TRY = 64
-
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same 64 bits."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014) on int64 bit patterns."""
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
-
-
-def random_bits(seeds: Tensor, positions: Tensor) -> Tensor:
-    """64 random bits for each (seed, position), as int64.
-
-    The number at `position` of the splitmix64 stream whose state starts at the mixed seed; mixing
-    keeps the streams of neighbouring seeds from overlapping.
-    """
-    state = _mix(seeds + _signed(_GOLDEN))
-    return _mix(state + (positions + 1) * _signed(_GOLDEN))
-
-
-def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """A float64 in [0, 1) with 53 random bits for each (seed, position)."""
-    return _shift_right(random_bits(seeds, positions), 11).double() * 2.0**-53
 
 
 @dataclass(slots=True)
 class SamplingRows:
-    """Sampling parameters of the rows of one step, on the device, with what the host must know to
-    leave out work: `all_greedy`, `largest_top_k` (0: no row has one), `any_top_p`."""
+    """Sampling parameters of the rows of one step that are not greedy, on the device, with what the
+    host must know to leave out work: `all_greedy`, `largest_top_k` (0: no row has one), `any_top_p`.
+    indices: which rows they are; None means all."""
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     seeds: Tensor
+    indices: Tensor | None
     all_greedy: bool
     largest_top_k: int
     any_top_p: bool
@@ -91,23 +63,23 @@ class SamplingTable:
         keeps_all = greedy or params.top_k >= self._vocab_size
         self._top_k[slot] = 0 if keeps_all else params.top_k
         self._top_p[slot] = 1.0 if greedy else params.top_p
-        self._seeds[slot] = _signed(seed)
+        self._seeds[slot] = signed(seed)
 
     def rows(self, slots: np.ndarray, device: torch.device) -> SamplingRows:
         """The parameters of the given slots, in their order."""
-        temperature, top_k, top_p = self._temperature[slots], self._top_k[slots], self._top_p[slots]
-        if not temperature.any():
+        drawn = np.flatnonzero(self._temperature[slots])
+        if not drawn.size:
             empty = torch.empty(0)
-            return SamplingRows(empty, empty, empty, empty, True, 0, False)
-
-        def upload(array: np.ndarray) -> Tensor:
-            return upload_array(array, device)
-
+            return SamplingRows(empty, empty, empty, empty, None, True, 0, False)
+        some = drawn.size < len(slots)
+        slots = slots[drawn] if some else slots
+        top_k, top_p = self._top_k[slots], self._top_p[slots]
         return SamplingRows(
-            upload(temperature),
-            upload(top_k),
-            upload(top_p),
-            upload(self._seeds[slots]),
+            upload_array(self._temperature[slots], device),
+            upload_array(top_k, device),
+            upload_array(top_p, device),
+            upload_array(self._seeds[slots], device),
+            upload_array(drawn, device) if some else None,
             False,
             int(top_k.max()),
             bool((top_p < 1.0).any()),
@@ -132,38 +104,48 @@ def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> tuple[Tenso
     to draw. Returns the tokens [rows] int64 and [rows] bool, False where no logit was above -inf:
     such a row gets token 0. NaN counts as -inf and +inf as the largest finite number.
     """
-    best, tokens = logits.max(dim=-1)
+    draws_all = not rows.all_greedy and rows.indices is None
+    best, tokens = _best(logits, draws_all)
     if logits.device.type != "cpu" or not bool(torch.isfinite(best).all()):
         logits = logits.nan_to_num(nan=-torch.inf, posinf=torch.finfo(logits.dtype).max, neginf=-torch.inf)
-        best, tokens = logits.max(dim=-1)
+        best, tokens = _best(logits, draws_all)
     valid = best > -torch.inf
-    if not rows.all_greedy:
-        drawn = _draw(logits, best, rows, positions)
-        tokens = torch.where(rows.temperature > 0, drawn, tokens)
+    if draws_all:
+        tokens = _draw(logits, best, rows, positions)
+    elif rows.indices is not None:
+        some = rows.indices
+        tokens[some] = _draw(logits[some], best[some], rows, positions[some])
     return torch.where(valid, tokens, 0), valid
 
 
+def _best(logits: Tensor, value_only: bool) -> tuple[Tensor, Tensor]:
+    """The largest logits and their tokens; finding no tokens is several times quicker on the CPU."""
+    if value_only:
+        best = logits.amax(dim=-1)
+        return best, best
+    return logits.max(dim=-1)
+
+
 def _draw(logits: Tensor, best: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
-    """A draw for every row; rows that are greedy or not valid get an arbitrary token id."""
+    """A draw for every row; one without a logit above -inf gets an arbitrary token id."""
     weights = _weights(logits, best, rows.temperature)
     if rows.largest_top_k:
         _keep_top_k(weights, logits, rows)
     if rows.any_top_p:
         _keep_top_p(weights, rows.top_p)
-    return _invert_cdf(weights, uniform(rows.seeds, positions)).clamp_(max=logits.shape[1] - 1)
+    return _race(weights, random_bits(rows.seeds, positions)).clamp_(max=logits.shape[1] - 1)
 
 
 def _weights(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
-    """Whole-number weights [rows, vocab rounded up to CDF_BLOCK], float32; the likeliest token has
+    """Whole-number weights [rows, vocab rounded up to RACE_BLOCK], float32; the likeliest token has
     WEIGHT_SCALE. The largest logit is subtracted before the division, so no temperature overflows."""
     rows, vocab = logits.shape
-    padded = -(-vocab // CDF_BLOCK) * CDF_BLOCK
+    padded = -(-vocab // RACE_BLOCK) * RACE_BLOCK
     weights = torch.empty(rows, padded, dtype=torch.float32, device=logits.device)
     weights[:, vocab:] = 0.0
     view = weights[:, :vocab]
     torch.sub(logits, best.unsqueeze(1), out=view)
-    view.div_(temperature.clamp(min=MIN_TEMPERATURE).unsqueeze(1))
-    view.exp_().mul_(WEIGHT_SCALE).floor_()
+    view.div_(temperature.unsqueeze(1)).exp_().mul_(WEIGHT_SCALE).floor_()
     return weights
 
 
@@ -221,16 +203,17 @@ def threshold_by_bisection(weights: Tensor, needed: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def _invert_cdf(weights: Tensor, draws: Tensor) -> Tensor:
-    """The first token whose cumulative weight exceeds draw x total: the block of tokens first, then
-    the token inside it. weights: [rows, vocab], vocab a multiple of CDF_BLOCK."""
-    rows = weights.shape[0]
-    blocks = weights.view(rows, -1, CDF_BLOCK)
-    block_cdf = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    target = (draws * block_cdf[:, -1]).floor().unsqueeze(1)
-    last = block_cdf.shape[1] - 1
-    block = torch.searchsorted(block_cdf, target, right=True).clamp_(max=last)
-    before = block_cdf.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
-    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, CDF_BLOCK)).squeeze(1)
-    offset = torch.searchsorted(inside.cumsum(dim=-1, dtype=torch.float64), target - before, right=True)
-    return (block * CDF_BLOCK + offset.clamp_(max=CDF_BLOCK - 1)).squeeze(1)
+def _race(weights: Tensor, row_bits: Tensor) -> Tensor:
+    """The token that wins in each row, [rows] int64. weights: [rows, vocab], vocab a multiple of
+    RACE_BLOCK. row_bits: of `random_bits`, for each row."""
+    blocks = weights.view(weights.shape[0], -1, RACE_BLOCK)
+    block_weights = blocks.sum(dim=-1, dtype=torch.float64)
+    token_keys, block_keys = item_keys(weights.shape[1], RACE_BLOCK, weights.device)
+    block = _winner(block_weights, row_bits, block_keys)
+    inside = blocks[torch.arange(len(block), device=block.device), block]
+    return block * RACE_BLOCK + _winner(inside, row_bits, token_keys.view(-1, RACE_BLOCK)[block])
+
+
+def _winner(weights: Tensor, row_bits: Tensor, keys: Tensor) -> Tensor:
+    """Never an item of weight 0 where another has more: its score is 0, and noise is finite."""
+    return (weights / exponentials(row_bits, keys)).argmax(dim=-1)
