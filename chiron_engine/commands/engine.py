@@ -65,7 +65,7 @@ def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
 
     def gateway(address: str) -> Gateway:
         name = config.served_model_name or config.model
-        return Gateway(text, name, EnginePool([address]), listen.max_queued_requests)
+        return Gateway(text, name, EnginePool([address]), listen.max_queued_requests, config.seed)
 
     from .engine_runner import EngineRunner
 

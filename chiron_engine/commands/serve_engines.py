@@ -110,6 +110,7 @@ class Service:
                     text,
                     self._config.served_model_name or self._config.model,
                     EnginePool([engine.ready.address for engine in engines]),
+                    seed=self._config.seed,
                     shutdown=shutdown,
                     on_ready=announce,
                 )

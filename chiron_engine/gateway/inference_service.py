@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,12 +50,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Runs on one event loop; long texts and chat templates go to threads."""
 
     def __init__(
-        self, text: ModelText, model_name: str, router: EngineRouter, max_queued_requests: int
+        self,
+        text: ModelText,
+        model_name: str,
+        router: EngineRouter,
+        max_queued_requests: int,
+        seed: int = 0,
     ) -> None:
+        """seed: where the seeds of requests that bring none start."""
         self._text = text
         self._model_name = model_name
         self._router = router
         self._max_queued_requests = max_queued_requests
+        self._seeds = random.Random(seed)
         self._live: dict[str, LiveRequest] = {}
         self._waiting = 0
         self._draining = False
@@ -195,10 +203,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 error_code="model_not_found",
             )
         stops = limits.check_stops(request.stop)
+        if stops and not self._text.has_tokenizer:
+            raise invalid_argument("stop holds text and this server has no tokenizer; use stop_token_ids")
         sampling = limits.check_sampling(request.sampling, hello.vocab_size)
         limits.check_slo(request.slo)
         ids = await self._prompt_ids(request, hello)
         limits.check_length(len(ids), sampling.max_tokens, hello.max_model_len)
+        if not request.sampling.HasField("seed"):
+            # Here and not in an engine: should the request go on at another one, it draws as before.
+            request.sampling.seed = self._seeds.getrandbits(64)
         return Prompt(ids, request.sampling, request.slo, stops)
 
     async def _prompt_ids(self, request: inference_pb2.GenerateRequest, hello: engine_pb2.Hello) -> list[int]:

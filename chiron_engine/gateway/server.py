@@ -33,11 +33,17 @@ class Gateway:
     services = (INFERENCE_SERVICE,)
 
     def __init__(
-        self, text: ModelText, model_name: str, router: EngineRouter, max_queued_requests: int = 1024
+        self,
+        text: ModelText,
+        model_name: str,
+        router: EngineRouter,
+        max_queued_requests: int = 1024,
+        seed: int = 0,
     ) -> None:
-        """router: runs the requests. model_name: the name clients see."""
+        """router: runs the requests. model_name: the name clients see. seed: where the seeds of requests
+        that bring none start."""
         self._router = router
-        self._service = InferenceService(text, model_name, router, max_queued_requests)
+        self._service = InferenceService(text, model_name, router, max_queued_requests, seed)
         self._changed = asyncio.Event()
         self._draining = False
         self._health_task: asyncio.Task[None] | None = None
@@ -88,20 +94,21 @@ async def serve_gateway(
     model_name: str,
     router: EngineRouter,
     *,
+    seed: int = 0,
     shutdown: Shutdown | None = None,
     on_ready: Callable[[int], None] = lambda port: None,
 ) -> None:
     """Run a gateway process until it is asked to stop, then drain it.
 
     on_ready: called once, with the port, when the first engine is ready; until then the server
-    answers, with UNAVAILABLE. shutdown: without one, SIGTERM and SIGINT are handled here.
-    Raises PortInUse or BindError at once where the port cannot be had.
+    answers, with UNAVAILABLE. seed: as of `Gateway`. shutdown: without one, SIGTERM and SIGINT are
+    handled here. Raises PortInUse or BindError at once where the port cannot be had.
     """
     if shutdown is None:
         shutdown = Shutdown(config.drain_timeout_s)
         shutdown.install()
     server = create_server(config.max_message_bytes)
-    gateway = Gateway(text, model_name, router, config.max_queued_requests)
+    gateway = Gateway(text, model_name, router, config.max_queued_requests, seed)
     gateway.add_to(server)
     health = Health(server)
     everything = ("", *gateway.services)

@@ -29,6 +29,8 @@ class ModelFilesError(ValueError):
 class ModelText:
     """Encodes and decodes for one model. Safe to use from several threads."""
 
+    has_tokenizer = True
+
     def __init__(
         self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, str]
     ) -> None:
