@@ -126,7 +126,8 @@ class EngineInstance:
 
     # What it is told.
 
-    def add(self, live: LiveRequest, now: float) -> None:
+    def add(self, live: LiveRequest, evictions: int, now: float) -> None:
+        """`evictions`: how often engines gave it back before."""
         core = self._running_core(now)
         saved = self._saved.pop(live.request_id, None)
         if saved is not None and saved[1] == live.produced:
@@ -135,6 +136,7 @@ class EngineInstance:
             if saved is not None:
                 core.forget(saved[0])
             request = _engine_request(live)
+        request.num_preempted = evictions
         self._held[request.request_id] = request
         core.add(request)
 

@@ -240,7 +240,7 @@ class World:
             return
         if live is None:
             raise RuntimeError(f"request {effect.request_id} is routed, but it was served or never came")
-        engine.add(live, self._events.now)
+        engine.add(live, effect.evictions, self._events.now)
         self._begin_step(engine)
 
     def _change_role(self, effect: SetRole) -> None:

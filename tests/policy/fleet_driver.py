@@ -98,11 +98,11 @@ class FleetDriver:
         self.ended[request_id] = self.ended.get(request_id, 0) + 1
         self.send(RequestCancelled(request_id))
 
-    def evict(self, request_id: int, produced: int = 10, saved: int = 1000) -> None:
+    def evict(self, request_id: int, produced: int = 10, saved: int = 1000) -> list[FleetEffect]:
         instance = self.on.pop(request_id)
         if saved:
             self.saved[request_id] = instance
-        self.send(RequestEvicted(request_id, produced, saved))
+        return self.send(RequestEvicted(request_id, produced, saved))
 
     def become_ready(self, instance_id: int) -> None:
         del self.loading[instance_id]

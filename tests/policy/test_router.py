@@ -197,6 +197,21 @@ def test_batch_follows_the_limit_of_the_engine() -> None:
     assert len(driver.on) == 20 + LOOKAHEAD
 
 
+def test_evictions_are_counted_wherever_the_request_runs() -> None:
+    """But not its return from an instance that drains, which no other request asked for."""
+    driver = FleetDriver(config=FleetConfig(max_gpus=2)).start(2)
+    routed = driver.arrive(batch(0, 0.0, 1e6))
+    for evictions in range(3):
+        assert routed == [Route(0, driver.on[0], evictions)]
+        routed = driver.evict(0, saved=0)
+        driver.report(1 - driver.on[0])
+    request = driver.fleet.dispatcher.tracked[0].request
+    assert request.evictions == 3
+    driver.fleet.instances.set_draining(driver.fleet.instances.by_id[driver.on[0]])
+    driver.evict(0, saved=0)
+    assert request.evictions == 3
+
+
 def test_an_evicted_request_waits_for_its_home_then_runs_elsewhere() -> None:
     driver = FleetDriver(config=FleetConfig(max_gpus=2)).start(2)
     driver.arrive(batch(0, 0.0, 1e6))

@@ -65,6 +65,7 @@ class PlainFleet:
             case RequestEvicted(request_id, produced, saved_tokens):
                 request, instance = self._take(request_id)
                 request.produced = produced
+                request.evictions += 1
                 request.home = instance if saved_tokens else None
                 self.queue[request_id] = request
             case InstanceReady(instance_id):
@@ -120,7 +121,7 @@ class PlainFleet:
                 effects.append(Forget(request.request_id, request.home))
             request.home = None
             self.ready[instance][request.request_id] = self.queue.pop(request.request_id)
-            effects.append(Route(request.request_id, instance))
+            effects.append(Route(request.request_id, instance, request.evictions))
         return effects
 
     def _place(self, request: FleetRequest) -> int | None:

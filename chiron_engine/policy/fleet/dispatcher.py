@@ -15,7 +15,7 @@ from .batch_throughput import BatchThroughput
 from .capacity import CapacityModel
 from .config import FleetConfig
 from .instances import Instance, Instances, Tracked
-from .messages import FleetEffect, FleetRequest, Forget, Reject, Role, Route, SetRole
+from .messages import FleetEffect, FleetRequest, Forget, InstanceState, Reject, Role, Route, SetRole
 from .output_estimate import OutputEstimate
 from .router import Router
 
@@ -101,6 +101,8 @@ class Dispatcher:
         if tracked is None or tracked.instance is None:
             return
         instance = tracked.instance
+        if instance.state is not InstanceState.DRAINING:
+            tracked.request.evictions += 1
         keeps = saved > 0 and instance.is_open and tracked.group is not None
         if saved > 0 and not keeps:
             out.append(Forget(request_id, instance.instance_id))
@@ -284,7 +286,7 @@ class Dispatcher:
         if not instance.batch:
             instance.batch_since = now
         instance.add_batch(tracked)
-        out.append(Route(tracked.request.request_id, instance.instance_id))
+        out.append(Route(tracked.request.request_id, instance.instance_id, tracked.request.evictions))
 
     def _offer_batch(self, now: float, out: Effects) -> None:
         """To instances known to have room: batch ones first, then mixed ones."""

@@ -46,9 +46,9 @@ class InstanceSpec:
 class FleetRequest:
     """One request as the fleet sees it: lengths, not tokens.
 
-    produced: output tokens it had when it last came back from an engine. home: the instance that
-    keeps its saved KV, None if none does. prefix: names its longest shareable prefix; requests
-    with the same one gain from the same instance.
+    produced: output tokens it had when it last came back from an engine. evictions: how often one gave
+    it back to make room. home: the instance that keeps its saved KV, None if none does. prefix: names
+    its longest shareable prefix; requests with the same one gain from the same instance.
     """
 
     request_id: int
@@ -58,6 +58,7 @@ class FleetRequest:
     max_tokens: int
     prefix: object = None
     produced: int = 0
+    evictions: int = 0
     home: int | None = None
 
 
@@ -203,10 +204,12 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Run the request on this instance; where it is its home, saved KV comes back."""
+    """Run the request on this instance; where it is its home, saved KV comes back. `evictions` is what
+    the engine counts on from: a request gives way only so many times, wherever it runs."""
 
     request_id: int
     instance_id: int
+    evictions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
