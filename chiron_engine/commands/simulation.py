@@ -60,11 +60,11 @@ def load_workload(
         first = cut(load_trace(interactive, seed, span_s, SloClass.INTERACTIVE), duration_s)
         span_s = first.span_s or span_s
     if batch:
-        second = cut(load_trace(batch, _seed_of("batch", seed), span_s, SloClass.BATCH), duration_s)
+        second = cut(load_trace(batch, seed_of("batch", seed), span_s, SloClass.BATCH), duration_s)
     return make_workload(first, second, *slos)
 
 
-def _seed_of(part: str, seed: int) -> int:
+def seed_of(part: str, seed: int) -> int:
     """Of one part of a run, so that no two draw the same."""
     return Random(f"{part} {seed}").getrandbits(32)
 
@@ -94,7 +94,7 @@ def scale_workload(
         traces[stream.slo_class] = stream.trace
         wanted = loads[stream.slo_class]
         if wanted is not None:
-            drawn = _seed_of(f"scale {stream.slo_class.name}", seed)
+            drawn = seed_of(f"scale {stream.slo_class.name}", seed)
             scaled = scale_to_load(stream.trace, wanted, stream.slo_class, stream.slo, profile, drawn)
             traces[stream.slo_class] = scaled.trace
     slos = {stream.slo_class: stream.slo for stream in workload.streams}
@@ -247,8 +247,14 @@ def describe(workload: Workload, profile_name: str, summary: Mapping[str, Any]) 
     for stream in workload.streams:
         name = stream.slo_class.name.lower()
         spread, demand = summary["index_of_dispersion"][name]["10s"], summary["mean_demand"][name]
-        lines.append(f"{name}: {_arrivals(stream, demand, spread)}; {_promise(stream)}")
+        lines.append(describe_stream(stream, demand, spread))
     return lines
+
+
+def describe_stream(stream: Stream, demand: float | None = None, dispersion_10s: float | None = None) -> str:
+    """What arrives of a class and what it is promised; demand in instances."""
+    name = stream.slo_class.name.lower()
+    return f"{name}: {_arrivals(stream, demand, dispersion_10s)}; {_promise(stream)}"
 
 
 def _arrivals(stream: Stream, demand: float | None, dispersion_10s: float | None) -> str:

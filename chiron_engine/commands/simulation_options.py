@@ -19,11 +19,11 @@ WORLD, FAULTS = WorldSettings(), FaultSettings()
 Entry = tuple[str, TableOption]
 
 
-def _entry(flag: str, kind: Any, default: Any, help_text: str, **details: Any) -> Entry:
+def entry(flag: str, kind: Any, default: Any, help_text: str, **details: Any) -> Entry:
     return flag[2:].replace("-", "_"), TableOption(flag, kind, default, {"help": help_text, **details})
 
 
-def _parsed(flag: str, default: Any, help_text: str, parse: Callable[[str], Any], metavar: str) -> Entry:
+def parsed(flag: str, default: Any, help_text: str, parse: Callable[[str], Any], metavar: str) -> Entry:
     """An option whose text `parse` reads. A value it refuses is told on one line, as every mistake
     in the input of a simulation is."""
 
@@ -36,10 +36,10 @@ def _parsed(flag: str, default: Any, help_text: str, parse: Callable[[str], Any]
             raise usage_error(f"{flag}: {error}") from error
 
     kind = float | None if default is None else type(default)
-    return _entry(flag, kind, default, help_text, parser=read, metavar=metavar)
+    return entry(flag, kind, default, help_text, parser=read, metavar=metavar)
 
 
-def _positive_duration(text: str) -> float:
+def positive_duration(text: str) -> float:
     seconds = parse_duration(text)
     if seconds <= 0:
         raise ValueError(f"{text!r} is not a duration over 0")
@@ -65,62 +65,62 @@ def itl_seconds(text: str, batch_1_step_s: float) -> float:
 
 WORKLOAD_OPTIONS = dict(
     (
-        _entry("--interactive", str | None, None, "Trace: a packaged name or a file.", metavar="TRACE"),
-        _entry("--batch", str | None, None, "Trace: a packaged name or a file.", metavar="TRACE"),
-        _parsed(
+        entry("--interactive", str | None, None, "Trace: a packaged name or a file.", metavar="TRACE"),
+        entry("--batch", str | None, None, "Trace: a packaged name or a file.", metavar="TRACE"),
+        parsed(
             "--load",
             None,
             "Scale interactive arrivals to a mean demand of N instances.",
             parse_positive,
             "N",
         ),
-        _parsed("--batch-load", None, "The same of batch arrivals (as --load).", parse_positive, "N"),
-        _parsed(
+        parsed("--batch-load", None, "The same of batch arrivals (as --load).", parse_positive, "N"),
+        parsed(
             "--duration",
             None,
             "Take what arrives in the first seconds of each trace only.",
-            _positive_duration,
+            positive_duration,
             "SECONDS",
         ),
-        _entry("--seed", int, 0, "Of all that is drawn.", min=0),
+        entry("--seed", int, 0, "Of all that is drawn.", min=0),
     )
 )
 
 SLO_OPTIONS = dict(
     (
-        _parsed(
+        parsed(
             "--ttft-slo",
             INTERACTIVE_SLO.ttft_s,
             "Interactive: time to the first token.",
-            _positive_duration,
+            positive_duration,
             "SECONDS",
         ),
-        _parsed(
+        parsed(
             "--itl-slo",
             f"{INTERACTIVE_SLO.itl_s * 1e3:g}",
             "Interactive: time between tokens; 1.5x is so many steps of a request alone.",
             _itl_slo,
             "MS|Nx",
         ),
-        _parsed(
+        parsed(
             "--batch-ttft-slo",
             BATCH_SLO.ttft_s,
             "Batch: part of the default deadline.",
-            _positive_duration,
+            positive_duration,
             "SECONDS",
         ),
-        _parsed(
+        parsed(
             "--batch-itl-slo",
             f"{BATCH_SLO.itl_s * 1e3:g}",
             "Batch: sizes running batches; part of the default deadline.",
             _itl_slo,
             "MS|Nx",
         ),
-        _parsed(
+        parsed(
             "--batch-deadline",
             None,
             "Batch: arrival to last token (its TTFT SLO + mean output x its ITL SLO).",
-            _positive_duration,
+            positive_duration,
             "SECONDS",
         ),
     )
@@ -128,51 +128,43 @@ SLO_OPTIONS = dict(
 
 FLEET_OPTIONS = dict(
     (
-        _entry("--max-gpus", int, WORLD.max_gpus, "GPUs there are."),
-        _parsed(
-            "--load-time", WORLD.load_time_s, "From launch decision to ready.", parse_duration, "SECONDS"
-        ),
-        _entry("--load-jitter", float, WORLD.load_jitter, "Half width of its spread, as a share."),
-        _entry(
+        entry("--max-gpus", int, WORLD.max_gpus, "GPUs there are."),
+        parsed("--load-time", WORLD.load_time_s, "From launch decision to ready.", parse_duration, "SECONDS"),
+        entry("--load-jitter", float, WORLD.load_jitter, "Half width of its spread, as a share."),
+        entry(
             "--initial-instances",
             int | None,
             None,
             "Ready at the start (what the first load time's demand needs).",
         ),
-        _entry(
+        entry(
             "--local-autoscaler",
             str | None,
             None,
             "On each instance, in place of the policy's own.",
             metavar="NAME",
         ),
-        _parsed(
-            "--tick", WORLD.tick_s, "Between two looks at the whole fleet.", _positive_duration, "SECONDS"
-        ),
+        parsed("--tick", WORLD.tick_s, "Between two looks at the whole fleet.", positive_duration, "SECONDS"),
     )
 )
 
 WORLD_OPTIONS = dict(
     (
-        _entry("--noise", float, WORLD.step_noise, "Deviation of the logarithm of step times."),
-        _parsed(
-            "--rpc-delay", WORLD.rpc_delay_s, "One way, to or from an engine.", parse_duration, "SECONDS"
-        ),
-        _entry(
+        entry("--noise", float, WORLD.step_noise, "Deviation of the logarithm of step times."),
+        parsed("--rpc-delay", WORLD.rpc_delay_s, "One way, to or from an engine.", parse_duration, "SECONDS"),
+        entry(
             "--host-kv-share",
             float,
             WORLD.host_kv_share,
             "Host memory for saved KV, as a multiple of the device's.",
         ),
-        _entry(
-            "--max-tokens", int | None, None, "Output cap, which policies know (what the context leaves)."
-        ),
-        _entry(
+        entry("--max-tokens", int | None, None, "Output cap, which policies know (what the context leaves)."),
+        entry(
             "--losses-per-hour", float, FAULTS.losses_per_hour, "How often an instance dies in an hour of it."
         ),
-        _entry("--slow-launches", float, FAULTS.slow_launches, "Share of launches that are slow."),
-        _entry("--slow-factor", float, FAULTS.slow_factor, "Load times a slow launch takes."),
-        _entry("--failed-launches", float, FAULTS.failed_launches, "Share of launches that fail."),
+        entry("--slow-launches", float, FAULTS.slow_launches, "Share of launches that are slow."),
+        entry("--slow-factor", float, FAULTS.slow_factor, "Load times a slow launch takes."),
+        entry("--failed-launches", float, FAULTS.failed_launches, "Share of launches that fail."),
     )
 )
 

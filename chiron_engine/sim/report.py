@@ -10,19 +10,19 @@ ABSENT = "-"
 WIDTH = 200
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return ABSENT if value is None else format(value, form)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     """Rounded down: what misses a target by little must not read as meeting it."""
     return ABSENT if share is None else f"{int(share * 10_000 + 1e-6) / 100:.2f}"
 
 
-def _pair(values: Mapping[str, float | None] | None, form: str) -> str:
+def pair(values: Mapping[str, float | None] | None, form: str) -> str:
     if not values:
         return ABSENT
-    return f"{_number(values.get('p50'), form)} / {_number(values.get('p99'), form)}"
+    return f"{number(values.get('p50'), form)} / {number(values.get('p99'), form)}"
 
 
 def _over_bound(summary: Summary) -> str:
@@ -35,17 +35,17 @@ def cells(summary: Summary) -> dict[str, str]:
     attained = summary["slo_attainment"]
     return {
         "policy": summary["policy"],
-        "interactive\nin SLO %": _percent(attained.get("interactive")),
-        "batch\nin SLO %": _percent(attained.get("batch")),
-        "TTFT s\np50 / p99": _pair(summary["ttft_s"], ".3f"),
-        "ITL ms\np50 / p99": _pair(summary["itl_ms"], ".1f"),
-        "GPU-\nhours": _number(summary["gpu_hours"], ".2f"),
+        "interactive\nin SLO %": percent(attained.get("interactive")),
+        "batch\nin SLO %": percent(attained.get("batch")),
+        "TTFT s\np50 / p99": pair(summary["ttft_s"], ".3f"),
+        "ITL ms\np50 / p99": pair(summary["itl_ms"], ".1f"),
+        "GPU-\nhours": number(summary["gpu_hours"], ".2f"),
         "x\nbound": _over_bound(summary),
         "peak in-\nstances": str(summary["peak_instances"]),
         "scaling\nactions": str(summary["scaling_actions"]),
         "preemp-\ntions": str(summary["preemptions"]),
-        "req/s": _number(summary["throughput_rps"], ".2f"),
-        "wall\ns": _number(summary["wall_s"], ".1f"),
+        "req/s": number(summary["throughput_rps"], ".2f"),
+        "wall\ns": number(summary["wall_s"], ".1f"),
     }
 
 
