@@ -7,7 +7,7 @@ import sys
 import typer
 
 from chiron_engine import __version__
-from chiron_engine.commands import calibrate, doctor, engine, generate, serve, simulate
+from chiron_engine.commands import bench, calibrate, doctor, engine, generate, serve, simulate
 from chiron_engine.commands.exits import CommandError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("serve")(serve.serve)
 app.command("engine")(engine.engine)
 app.command("generate")(generate.generate)
 app.command("simulate")(simulate.simulate)
+app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
 
