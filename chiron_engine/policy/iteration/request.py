@@ -104,7 +104,8 @@ GREEDY = SamplingParams(temperature=0.0)
 class Request:
     """One request inside one engine. Plain and mutable: it is touched on the step path.
 
-    The scheduler owns every field below the first group; others only read them.
+    The scheduler owns every field below the first group; others only read them. But one that other
+    engines evicted before is added with `num_preempted` as it was there.
     `output_ids` holds the tokens committed so far. With an executor that yields no token values
     (the latency model) it stays empty and only `num_output` counts.
     """
