@@ -84,7 +84,7 @@ def digest(batch: NewBatch, lines: Sequence[NewLine], now: float) -> bytes:
     for line in lines:
         add(
             line.custom_id,
-            hashlib.sha256(line.request).hexdigest(),
+            hashlib.sha256(line.content or line.request).hexdigest(),
             [line.prompt_tokens, line.max_tokens, line.ttft_slo_s, line.itl_slo_s],
             _ahead_ms(line.deadline, now),
         )

@@ -51,7 +51,9 @@ class NewBatch:
 @dataclass(frozen=True, slots=True)
 class NewLine:
     """One request. request: its serialized message, which the store does not look into.
-    ttft_slo_s, itl_slo_s: seconds. deadline: None takes the batch's."""
+    ttft_slo_s, itl_slo_s: seconds. deadline: None takes the batch's. content: what the client sent,
+    or a digest of it, where `request` is made of that and may differ the next time (by a drawn
+    seed); a batch submitted again is known by it."""
 
     custom_id: str
     request: bytes
@@ -60,6 +62,7 @@ class NewLine:
     ttft_slo_s: float
     itl_slo_s: float
     deadline: float | None = None
+    content: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .batch_checks import BatchLimits, check_batch, check_times, digest
+from .batch_checks import BatchLimits, check_batch, check_times, digest, shown
 from .batch_errors import BatchConflict, BatchNotFound, BatchStoreError, translated_errors
 from .batch_insert import insert_batch
 from .batch_records import (
@@ -73,7 +73,7 @@ class BatchStore:
         self.limits = limits or BatchLimits()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = StateLock(directory)
-        self._depth = 0
+        self._is_open = False
         try:
             with translated_errors():
                 self._db = open_database(directory / DATABASE_NAME)
@@ -97,16 +97,15 @@ class BatchStore:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Make the calls within one transaction: all of them or, when it raises, none. What they
-        return may be told to others only after the end of the block."""
-        if self._depth:
-            # SQLite undoes the whole transaction on some errors; going on would commit a part.
-            if not self._db.in_transaction:
-                raise BatchStoreError("the transaction was undone after an error; leave its block")
-            yield
+        return may be told to others only after the end of the block. A block within a block that
+        raises is undone alone, where the outer one goes on."""
+        if self._is_open:
+            with self._savepoint():
+                yield
             return
         with translated_errors():
             self._db.execute("BEGIN IMMEDIATE")
-            self._depth = 1
+            self._is_open = True
             try:
                 yield
                 self._db.execute("COMMIT")
@@ -116,7 +115,23 @@ class BatchStore:
                         self._db.execute("ROLLBACK")
                 raise
             finally:
-                self._depth = 0
+                self._is_open = False
+
+    @contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        # SQLite undoes the whole transaction on some errors; going on would commit the rest of it.
+        if not self._db.in_transaction:
+            raise BatchStoreError("the transaction was undone after an error; leave its block")
+        with translated_errors():
+            self._db.execute("SAVEPOINT nested")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK TO nested")
+                    self._db.execute("RELEASE nested")
+                raise
+            self._db.execute("RELEASE nested")
 
     # Batches.
 
@@ -374,7 +389,7 @@ class BatchStore:
     def _batch_row(self, batch_id: str) -> Any:
         row = self._one(f"SELECT {BATCH_COLUMNS} FROM batch WHERE batch_id = ?", batch_id)
         if row is None:
-            raise BatchNotFound(f"there is no batch with the id {batch_id}")
+            raise BatchNotFound(f"there is no batch with the id {shown(batch_id)}")
         return row
 
     def _batch(self, row: Any) -> Batch:

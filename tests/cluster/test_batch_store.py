@@ -210,7 +210,7 @@ def test_listing_pages_from_the_newest(store: BatchStore) -> None:
     assert [batch.batch_id for batch in store.list(2)] == ["b4", "b3"]
     assert [batch.batch_id for batch in store.list(2, after="b3")] == ["b2", "b1"]
     assert [batch.batch_id for batch in store.list(9, after="b1")] == ["b0"]
-    with pytest.raises(BatchNotFound, match="no batch with the id nothing"):
+    with pytest.raises(BatchNotFound, match="no batch with the id 'nothing'"):
         store.list(after="nothing")
 
 
@@ -232,6 +232,8 @@ def test_submitting_again_changes_nothing(store: BatchStore) -> None:
     first = store.submit(batch, lines, NOW)
     again = store.submit(replace(batch, deadline=NOW + 14), lines, NOW + 4)
     assert (again.is_new, again.lines, again.batch) == (False, (), first.batch)
+    made = [replace(line, content=line.request, request=b"made") for line in lines]
+    assert not store.submit(batch, made, NOW).is_new
     others = [
         (replace(batch, name="other"), lines),
         (replace(batch, metadata={"a": "b"}), lines),
@@ -334,6 +336,16 @@ def test_several_calls_are_one_transaction(store: BatchStore) -> None:
         store.finish(first, 1, b"", NOW)
         store.finish(second, 1, b"", NOW)
     assert state_counts(store) == {"done": 2}
+
+
+def test_a_block_within_a_block_is_undone_alone(store: BatchStore) -> None:
+    first, second = running(store, 2)
+    with store.transaction():
+        store.finish(first, 1, b"", NOW)
+        with pytest.raises(RuntimeError), store.transaction():
+            store.finish(second, 1, b"", NOW)
+            raise RuntimeError
+    assert state_counts(store) == {"done": 1, "running": 1}
 
 
 def test_an_undone_transaction_does_not_go_on(store: BatchStore) -> None:
