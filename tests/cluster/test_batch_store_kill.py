@@ -16,14 +16,15 @@ WRITER = Path(__file__).parent / "batch_writer.py"
 ROUNDS = 6
 
 
-def run_and_kill(directory: Path, seed: int, seconds: float) -> list[list[str]]:
-    """What the writer acknowledged, in words."""
+def run_and_kill(directory: Path, seed: int, acks: int, seconds: float) -> list[list[str]]:
+    """What the writer acknowledged, in words; it was killed so long after that many of them."""
     command = [sys.executable, str(WRITER), str(directory), str(seed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        said = "".join(writer.stdout.readline() for _ in range(acks))
         time.sleep(seconds)
         writer.kill()
-        said = writer.stdout.read()
+        said += writer.stdout.read()
     complete, _, _ = said.rpartition("\n")
     return [line.split() for line in complete.splitlines()]
 
@@ -33,14 +34,14 @@ def test_a_killed_writer_loses_and_doubles_nothing(tmp_path: Path) -> None:
     batches: set[str] = set()
     outputs: dict[int, str] = {}
     for seed in range(ROUNDS):
-        for kind, value in run_and_kill(tmp_path, seed, rng.uniform(0.05, 0.4)):
+        for kind, value in run_and_kill(tmp_path, seed, rng.randint(1, 60), rng.uniform(0, 0.03)):
             if kind == "batch":
                 batches.add(value)
                 continue
             line_id = int(value.split(":")[0])
             assert line_id not in outputs, "acknowledged twice"
             outputs[line_id] = value
-    assert len(batches) > ROUNDS and len(outputs) > ROUNDS
+    assert len(batches) >= ROUNDS and outputs
 
     with BatchStore(tmp_path) as store:
         assert store._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
