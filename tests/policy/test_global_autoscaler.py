@@ -87,16 +87,25 @@ def spread(total_load: float, instances: int) -> int:
 
 
 def test_counting_busy_instances_under_spreading_climbs_to_the_cap() -> None:
-    literal = make_global_autoscaler("paper-literal", CONFIG, SPEC)
-    chiron = make_global_autoscaler("chiron", CONFIG, SPEC)
-    by_literal = by_chiron = 3
-    for now in range(200):
-        seen = pool(by_literal, 1.0, busy=spread(1.0, by_literal))
-        by_literal = min(50, literal.decide(view(now, seen)).pools[0].total)
-        seen = pool(by_chiron, 1.0, busy=spread(1.0, by_chiron))
-        by_chiron = chiron.decide(view(now, seen)).pools[0].total
-    assert by_literal == 50
-    assert by_chiron <= 3
+    totals = {}
+    for name in ("paper-literal", "paper", "chiron"):
+        autoscaler = make_global_autoscaler(name, CONFIG, SPEC)
+        totals[name] = 3
+        for now in range(200):
+            seen = pool(totals[name], 1.0, busy=spread(1.0, totals[name]))
+            totals[name] = min(50, autoscaler.decide(view(now, seen)).pools[0].total)
+    assert totals == {"paper-literal": 50, "paper": 3, "chiron": 3}
+
+
+def test_a_load_about_a_whole_number_does_not_flip() -> None:
+    """Without a dead band downwards three instances would come and go each tick."""
+    autoscaler = PaperAutoscaler(CONFIG)
+    instances, totals = 6, []
+    for now in range(60):
+        instances = autoscaler.decide(view(now, pool(instances, 1.9 + 0.2 * (now % 2)))).pools[0].total
+        totals.append(instances)
+    assert totals == [6] + [9] * 59
+    assert autoscaler.decide(view(60, pool(9, 1.7))).pools[0].total == 6
 
 
 def test_target_is_d_over_theta_and_a_spare_instance() -> None:

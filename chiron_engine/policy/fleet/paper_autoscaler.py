@@ -17,11 +17,13 @@ from .waiting_time import late_groups
 
 THETA = 1.0 / 3.0
 """The paper's example: spikes of three times the usual load."""
+DEAD_BAND = 0.25
+"""Instances of load by which it must have fallen below a whole number before instances go."""
 
 
 class PaperAutoscaler:
-    """Algorithm 2 in closed form, N = ceil(busy / Theta), with a dead band of one instance downwards
-    and Theta fixed. Instances that run an interactive request are more under spreading, so N is
+    """Algorithm 2 in closed form, N = ceil(busy / Theta), with a dead band downwards and Theta fixed.
+    Instances that run an interactive request are more under spreading, so N is
     set by ceil(sum of u) instead: how many it would take, packed."""
 
     def __init__(self, config: FleetConfig) -> None:
@@ -31,10 +33,13 @@ class PaperAutoscaler:
         return _decide(view, [self._pool(pool) for pool in view.pools])
 
     def _pool(self, pool: PoolView) -> PoolTarget:
-        busy = math.ceil(pool.load + pool.backlog)
-        wanted = max(math.ceil(busy / THETA), self._least)
-        total = pool.instances if wanted == pool.instances - 1 else wanted
+        load = pool.load + pool.backlog
+        busy = math.ceil(load)
+        total = max(self._wanted(load), min(pool.instances, self._wanted(load + DEAD_BAND)))
         return PoolTarget(pool.target_s, min(busy, total - 1), total - min(busy, total - 1))
+
+    def _wanted(self, load: float) -> int:
+        return max(math.ceil(math.ceil(load) / THETA), self._least)
 
 
 class PaperLiteralAutoscaler:
