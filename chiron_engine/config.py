@@ -9,6 +9,7 @@ GIB = 1 << 30
 DEVICE_NUMBER = re.compile(r"(?<=^cuda:)\d+$", re.ASCII)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
+EXECUTORS = ("torch", "simulated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class EngineConfig:
     threads: compute threads on the CPU; None takes all cores.
     max_queued_requests, max_queued_tokens: bounds of the waiting queue.
     step_log: a file that gets one JSON line per step; None writes none.
+    executor: torch, or simulated: no model, steps that take the time `profile` says, times `time_scale`.
 
     Raises ValueError for a value outside its range.
     """
@@ -44,10 +46,15 @@ class EngineConfig:
     max_queued_tokens: int = 1 << 20
     enable_prefix_caching: bool = True
     step_log: str | None = None
+    executor: str = "torch"
+    profile: str | None = None
+    time_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model is empty; it must be a directory, a model id or smollm2")
+        _one_of("executor", self.executor, EXECUTORS)
+        self._check_simulated()
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", DEVICE_NUMBER.sub("N", self.device), DEVICES)
         _within("block_size", self.block_size, 1, 4096)
@@ -60,6 +67,15 @@ class EngineConfig:
         _within("seed", self.seed, 0, 2**64 - 1)
         for name in POSITIVE:
             _at_least(name, getattr(self, name), 1)
+
+    def _check_simulated(self) -> None:
+        if self.executor == "simulated":
+            if self.profile is None:
+                raise ValueError("a simulated executor needs a profile: --profile NAME")
+        elif self.profile is not None or self.time_scale != 1.0:
+            raise ValueError("profile and time_scale are for a simulated executor: --executor simulated")
+        if not 0.0 < self.time_scale < float("inf"):
+            raise ValueError(f"time_scale is {self.time_scale}; it must be a positive finite number")
 
 
 POSITIVE = (

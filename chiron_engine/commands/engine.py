@@ -13,10 +13,11 @@ from typer import Option
 from chiron_engine.config import EngineConfig, GatewayConfig
 
 from .console import LoadPhases, note
-from .engine_options import engine_config, with_engine_options
+from .engine_options import engine_config, with_engine_options, with_executor_options
 from .example_request import example_request
 from .exits import CommandError, load_errors, port_errors
 from .logs import set_up_logging
+from .model_text import model_text, text_directory
 from .server_options import gateway_config, reachable, with_server_options
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 
 @with_engine_options
+@with_executor_options
 @with_server_options
 def engine(
     engine: dict[str, Any],
+    executor_options: dict[str, Any],
     server: dict[str, Any],
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or id, or smollm2.")
@@ -38,7 +41,7 @@ def engine(
     parent_pid: Annotated[int | None, Option(hidden=True)] = None,
 ) -> None:
     """Run one engine. Without --headless it answers clients itself, through a gateway beside it."""
-    config = engine_config(model, engine)
+    config = engine_config(model, {**engine, **executor_options})
     listen = gateway_config(server, config.max_queued_requests)
     set_up_logging(server["log_level"])
     sys.exit(_run_headless(config, listen, parent_pid) if headless else _run_alone(config, listen))
@@ -47,8 +50,6 @@ def engine(
 def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
     from chiron_engine.gateway.engine_pool import EnginePool
     from chiron_engine.gateway.server import Gateway
-    from chiron_engine.gateway.text import ModelText
-    from chiron_engine.model.source import resolve_model
     from chiron_engine.rpc.port import check_free
 
     with port_errors():
@@ -56,12 +57,12 @@ def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
     phases = LoadPhases()
     with load_errors():
         # The gateway answers, with "loading", before the weights are there; it needs the tokenizer.
-        text = ModelText.from_directory(resolve_model(config.model, phases))
+        text = model_text(text_directory(config, phases))
 
     def announce(port: int, loaded: LoadedModel) -> None:
         phases.done()
         note(f"serving {loaded.name} on {reachable(listen.host, port)}; try:")
-        print(example_request(reachable(listen.host, port), text.has_chat_template), flush=True)
+        print(example_request(reachable(listen.host, port), text), flush=True)
 
     def gateway(address: str) -> Gateway:
         name = config.served_model_name or config.model
@@ -85,7 +86,11 @@ def _run_headless(config: EngineConfig, listen: GatewayConfig, parent_pid: int |
     channel = ReportChannel()
 
     def announce(port: int, loaded: LoadedModel) -> None:
-        channel.send(EngineReady(reachable(listen.host, port), os.getpid(), str(loaded.path)))
+        channel.send(
+            EngineReady(
+                reachable(listen.host, port), os.getpid(), "" if loaded.path is None else str(loaded.path)
+            )
+        )
 
     def progress(phase: str, fraction: float) -> None:
         channel.send(LoadPhase(phase, fraction))

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from chiron_engine.config import DEVICES, DTYPES, EngineConfig
+from chiron_engine.config import DEVICES, DTYPES, EXECUTORS, EngineConfig
 
 from .exits import usage_errors
 from .option_tables import TableOption, choice, with_options
@@ -16,6 +16,8 @@ from .sizes import parse_size
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(EngineConfig)}
 SIZES = ("kv_cache_memory", "swap_space")
+# Their defaults are the profile's where the executor is simulated.
+BY_EXECUTOR = ("max_num_seqs", "max_num_batched_tokens", "swap_space")
 
 
 def _size(text: str) -> int:
@@ -29,9 +31,7 @@ SIZE = {"parser": _size, "metavar": "SIZE"}
 
 
 def _entry(name: str, flag: str, kind: Any, help_text: str, **details: Any) -> tuple[str, TableOption]:
-    default = DEFAULTS[name]
-    if name in SIZES and default is not None:
-        default = f"{default >> 20}MiB"
+    default = None if name in BY_EXECUTOR else DEFAULTS[name]
     return name, TableOption(flag, kind, default, {"help": help_text, **details})
 
 
@@ -41,8 +41,14 @@ ENGINE_OPTIONS = dict(
         _entry("served_model_name", "--served-model-name", str | None, "Name clients see for the model."),
         _entry("dtype", "--dtype", str, "Type of weights and KV.", **choice(DTYPES)),
         _entry("device", "--device", str, "Where the model runs.", metavar="|".join(DEVICES)),
-        _entry("max_num_seqs", "--max-num-seqs", int, "Requests that run at once, at most.", min=1),
-        _entry("max_num_batched_tokens", "--max-num-batched-tokens", int, "Tokens in one step.", min=1),
+        _entry("max_num_seqs", "--max-num-seqs", int | None, "Requests that run at once (64).", min=1),
+        _entry(
+            "max_num_batched_tokens",
+            "--max-num-batched-tokens",
+            int | None,
+            "Tokens in one step (512).",
+            min=1,
+        ),
         _entry(
             "max_model_len",
             "--max-model-len",
@@ -52,7 +58,7 @@ ENGINE_OPTIONS = dict(
         ),
         _entry("block_size", "--block-size", int, "Tokens in one KV block.", min=1, max=4096),
         _entry("kv_cache_memory", "--kv-cache-memory", int | None, "For KV blocks (a share).", **SIZE),
-        _entry("swap_space", "--swap-space", int, "Host memory for KV of preempted requests.", **SIZE),
+        _entry("swap_space", "--swap-space", int | None, "Host memory for saved KV (512MiB).", **SIZE),
         _entry(
             "gpu_memory_utilization",
             "--gpu-memory-utilization",
@@ -77,19 +83,39 @@ ENGINE_OPTIONS = dict(
 
 with_engine_options = with_options("engine", ENGINE_OPTIONS, "Engine")
 
+# For engine processes; offline there is nothing to time.
+EXECUTOR_OPTIONS = dict(
+    (
+        _entry("executor", "--executor", str, "What runs the steps.", **choice(EXECUTORS)),
+        _entry(
+            "profile", "--profile", str | None, "Step times of a simulated executor.", metavar="NAME|FILE"
+        ),
+        _entry("time_scale", "--time-scale", float, "Simulated steps take so many times as long."),
+    )
+)
+
+with_executor_options = with_options("executor_options", EXECUTOR_OPTIONS, "Engine")
+
 
 def engine_config(model: str, engine: Mapping[str, Any]) -> EngineConfig:
     """Raises CommandError (usage) for a value outside its range."""
+    given = {name: value for name, value in engine.items() if value is not None or name not in BY_EXECUTOR}
     with usage_errors():
-        return EngineConfig(model=model, **engine)
+        config = EngineConfig(model=model, **given)
+        if config.executor == "torch":
+            return config
+        from .simulated_engine import fill_from_profile
+
+        return fill_from_profile(config, given)
 
 
 def to_arguments(config: EngineConfig) -> list[str]:
     """The model and the options that make the same configuration in another process."""
     arguments = [config.model]
-    for name, option in ENGINE_OPTIONS.items():
+    simulated = config.executor == "simulated"
+    for name, option in {**ENGINE_OPTIONS, **EXECUTOR_OPTIONS}.items():
         value = getattr(config, name)
-        if value == DEFAULTS[name]:
+        if value == DEFAULTS[name] and not (simulated and name in BY_EXECUTOR):
             continue
         if isinstance(value, bool):
             arguments.append(option.flag.split("/")[0 if value else 1])

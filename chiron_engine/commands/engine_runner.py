@@ -7,9 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 
 from chiron_engine.config import EngineConfig, GatewayConfig
-from chiron_engine.model.source import resolve_model
 from chiron_engine.rpc.shutdown import Shutdown
-from chiron_engine.serving.core_setup import LoadedModel, Progress, load_core
+from chiron_engine.serving.core_setup import LoadedModel, Progress
 from chiron_engine.serving.engine_process import (
     Companion,
     EngineFailed,
@@ -60,10 +59,20 @@ class EngineRunner:
         """Called in a thread of its own."""
         report = partial(self._report, report_phase)
         with load_errors():
-            resolve_model(self._config.model, report)  # says what is wrong before torch is imported
-            self._loaded = loaded = load_core(self._config, self._resources, report)
+            self._loaded = loaded = self._load_model(report)
         description = EngineDescription(loaded.name, loaded.architecture, loaded.dtype, loaded.eos_token_ids)
         return LoadedEngine(loaded.core, description)
+
+    def _load_model(self, report: Progress) -> LoadedModel:
+        if self._config.executor == "simulated":
+            from .simulated_engine import load_simulated
+
+            return load_simulated(self._config, self._resources)
+        from chiron_engine.model.source import resolve_model
+        from chiron_engine.serving.core_setup import load_core
+
+        resolve_model(self._config.model, report)  # says what is wrong before torch is imported
+        return load_core(self._config, self._resources, report)
 
     def _report(self, report_phase: ReportPhase, phase: str, fraction: float) -> None:
         report_phase(phase)

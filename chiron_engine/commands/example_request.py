@@ -7,10 +7,21 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chiron_engine.gateway.text import ModelText
 
 
-def example_request(address: str, chat: bool) -> str:
-    """A command line that works when pasted where this process was started."""
+def example_request(address: str, text: ModelText) -> str:
+    """A command line that works when pasted where this process was started; without a tokenizer, in the
+    root of a checkout."""
+    if not text.has_tokenizer:
+        return (
+            "grpcurl -plaintext -import-path proto -proto chiron/v1/inference.proto "
+            f"""-d '{{"token_ids": {{"ids": [1, 2, 3]}}}}' {address} chiron.v1.Inference/Generate"""
+        )
+    chat = text.has_chat_template
     words = [*_chiron(), "generate", "--server", address, "--temperature", "0"]
     words += (
         ["--chat", "What is the capital of France?"] if chat else ["--max-tokens", "32", "Once upon a time"]

@@ -60,20 +60,27 @@ def port_errors() -> Iterator[None]:
 def load_errors() -> Iterator[None]:
     """What goes wrong in here is about loading a model: 3, 4 where memory is short, or 2 for a
     setting that this machine or model cannot have."""
-    from chiron_engine.gateway.text import ModelFilesError
     from chiron_engine.model.errors import ModelError
 
     try:
         yield
-    except (ModelError, ModelFilesError) as error:
+    except ModelError as error:
         raise CommandError(str(error), ExitCode.MODEL) from error
     except ValueError as error:
-        raise usage_error(str(error)) from error
+        code = ExitCode.MODEL if is_about_model_files(error) else ExitCode.USAGE
+        raise CommandError(str(error), code) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         message = (str(error).splitlines() or ["out of memory"])[0]
         raise CommandError(message, ExitCode.MEMORY) from error
+
+
+def is_about_model_files(error: ValueError) -> bool:
+    """Whether a tokenizer or chat template is at fault. Does not load what reads them: an engine
+    without text is smaller by it."""
+    text = sys.modules.get("chiron_engine.gateway.text")
+    return text is not None and isinstance(error, text.ModelFilesError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,16 +12,18 @@ from typer import Option
 
 from chiron_engine.config import EngineConfig, GatewayConfig
 
-from .engine_options import engine_config, to_arguments, with_engine_options
+from .engine_options import engine_config, to_arguments, with_engine_options, with_executor_options
 from .exits import port_errors, usage_error
 from .logs import set_up_logging
 from .server_options import gateway_config, with_server_options
 
 
 @with_engine_options
+@with_executor_options
 @with_server_options
 def serve(
     engine: dict[str, Any],
+    executor_options: dict[str, Any],
     server: dict[str, Any],
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or id, or smollm2.")
@@ -32,7 +34,7 @@ def serve(
 
     SIGTERM drains and stops; Ctrl-C too; a second signal stops at once.
     """
-    config = engine_config(model, engine)
+    config = engine_config(model, {**engine, **executor_options})
     listen = gateway_config(server, config.max_queued_requests * engines)
     set_up_logging(server["log_level"])
     if engines > 1 and config.step_log is not None:
@@ -57,7 +59,7 @@ def gpus_for(config: EngineConfig, engines: int) -> list[str]:
     """One GPU for each engine; none where they run on the CPU. Raises CommandError (usage)."""
     from chiron_engine.cluster.gpus import usable_gpus
 
-    if config.device not in ("auto", "cuda"):
+    if config.executor == "simulated" or config.device not in ("auto", "cuda"):
         return []
     gpus = usable_gpus()
     if gpus and len(gpus) < engines:
@@ -70,7 +72,8 @@ def engine_command(config: EngineConfig, engines: int, log_level: str) -> list[s
     given, each takes its share of memory as it finds it."""
     from chiron_engine.cluster.local_launcher import threads_per_engine
 
-    config = replace(config, threads=config.threads or threads_per_engine(engines))
+    if config.executor == "torch":
+        config = replace(config, threads=config.threads or threads_per_engine(engines))
     # -P: no module of the folder this was started in may take the place of a real one.
     launch = [sys.executable, "-P", "-m", "chiron_engine", "engine", "--headless", "--grpc-port", "0"]
     return [*launch, "--log-level", log_level, *to_arguments(config)]

@@ -18,12 +18,12 @@ from chiron_engine.cluster.local_launcher import (
 from chiron_engine.config import EngineConfig, GatewayConfig
 from chiron_engine.gateway.engine_pool import EnginePool
 from chiron_engine.gateway.server import serve_gateway
-from chiron_engine.gateway.text import ModelText
 from chiron_engine.rpc.shutdown import Shutdown
 
 from .console import LoadPhases, note
 from .example_request import example_request
 from .exits import CommandError, ExitCode, load_errors, port_errors, stop_code
+from .model_text import model_text
 from .server_options import reachable
 
 log = logging.getLogger(__name__)
@@ -95,12 +95,12 @@ class Service:
 
     async def _serve(self, engines: list[RunningEngine], shutdown: Shutdown) -> None:
         with load_errors():
-            text = ModelText.from_directory(engines[0].ready.model_path)
+            text = model_text(engines[0].ready.model_path or None)
 
         def announce(port: int) -> None:
             address = reachable(self._listen.host, port)
             note(f"serving {self._config.model} on {address}; try:")
-            print(example_request(address, text.has_chat_template), flush=True)
+            print(example_request(address, text), flush=True)
 
         watchers = [asyncio.create_task(self._watch(engine, shutdown)) for engine in engines]
         try:

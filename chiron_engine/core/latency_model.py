@@ -81,8 +81,12 @@ class LatencyModelExecutor:
 
     def submit(self, plan: StepPlan) -> TimedStep:
         seconds = self._seconds(plan)
-        self._busy_until = max(self._busy_until, self._clock.now()) + seconds
+        self._busy_until = self._begin(plan) + seconds
         return TimedStep(plan, self._busy_until, seconds, self._stopped(plan))
+
+    def _begin(self, plan: StepPlan) -> float:
+        """When a plan submitted now starts to take time."""
+        return max(self._busy_until, self._clock.now())
 
     def collect(self, handle: TimedStep) -> StepResult:
         self._clock.sleep_until(handle.ready_at)

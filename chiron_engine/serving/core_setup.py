@@ -24,7 +24,7 @@ Progress = Callable[[str, float], None]
 class LoadedModel:
     """A core over a loaded model, and what the rest of a process needs to know of the model.
 
-    dtype: the one in use, as `bfloat16`. path: the directory of its tokenizer.
+    dtype: the one in use, as `bfloat16`. path: the directory of its tokenizer; None without one.
     """
 
     core: EngineCore
@@ -32,20 +32,22 @@ class LoadedModel:
     architecture: str
     dtype: str
     eos_token_ids: tuple[int, ...]
-    path: Path
+    path: Path | None
 
 
 def load_core(config: EngineConfig, resources: ExitStack, progress: Progress | None = None) -> LoadedModel:
     """Load a model and put a core over it. `resources` closes both, and the step log.
 
     Takes seconds, imports torch. Raises what `build_executor` raises, and ValueError where the step
-    log cannot be written.
+    log cannot be written, or where the executor is not torch.
     """
+    if config.executor != "torch":
+        raise ValueError(f"a model needs the executor torch, not {config.executor}")
     prepare_environment()  # before torch is loaded by what follows
     from chiron_engine.runtime.build import build_executor
     from chiron_engine.runtime.trial_steps import measure_swap_costs
 
-    log = _open_log(config.step_log, resources)
+    log = open_log(config.step_log, resources)
     executor, spec = build_executor(config, progress)
     resources.callback(executor.close)
     core = build_core(config, executor, log, measure_swap_costs(executor))
@@ -77,7 +79,7 @@ def build_core(
     return core
 
 
-def _open_log(path: str | None, resources: ExitStack) -> StepLog | None:
+def open_log(path: str | None, resources: ExitStack) -> StepLog | None:
     if path is None:
         return None
     try:

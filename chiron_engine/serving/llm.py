@@ -41,6 +41,7 @@ class LLM(OfflineEngine):
             config = EngineConfig(model=model, **options)
         with ExitStack() as resources:
             loaded = load_core(config, resources, progress)
+            assert loaded.path is not None  # a model comes from a directory
             text = ModelText.from_directory(loaded.path)
             kept = resources.pop_all()
         super().__init__(loaded.core, config, text, loaded.eos_token_ids, kept)
