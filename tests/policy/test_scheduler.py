@@ -195,6 +195,19 @@ def test_shortage_takes_the_newest_and_the_oldest_runs_on() -> None:
     assert order == [0, 1, 2] and core.load().preemptions > 0
 
 
+def test_no_more_run_than_the_limit_allows() -> None:
+    """What a local autoscaler sets must hold: it takes what it sees for the doing of its limit."""
+    core = null_core(slots=8)
+    core.set_limits(2, 32)
+    for number in range(6):
+        core.add(make_request(number, 4, 10))
+    running = []
+    while core.has_work:
+        plan_of(core)
+        running.append(core.load().running)
+    assert max(running) == 2
+
+
 def test_shrinking_drains_or_preempts_and_spares_interactive_requests() -> None:
     core = null_core(slots=4, host_blocks=32)
     for number in range(4):
