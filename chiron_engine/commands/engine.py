@@ -15,13 +15,14 @@ from chiron_engine.config import EngineConfig, GatewayConfig
 from .console import LoadPhases, note
 from .engine_options import engine_config, with_engine_options, with_executor_options
 from .example_request import example_request
-from .exits import CommandError, load_errors, port_errors
+from .exits import CommandError, load_errors, port_errors, usage_error
 from .logs import set_up_logging
 from .model_text import model_text, text_directory
 from .server_options import gateway_config, reachable, with_server_options
 
 if TYPE_CHECKING:
     from chiron_engine.serving.core_setup import LoadedModel
+    from chiron_engine.serving.fleet_member import Join
 
 
 @with_engine_options
@@ -38,13 +39,28 @@ def engine(
         bool,
         Option("--headless", help="Only the Engine service; reports on standard output as JSON lines."),
     ] = False,
+    join: Annotated[
+        str | None,
+        Option("--join", metavar="HOST:PORT", help="Join this coordinator's fleet; implies --headless."),
+    ] = None,
+    advertise_host: Annotated[
+        str | None,
+        Option("--advertise-host", help="Where the fleet's gateways reach this engine, with --join."),
+    ] = None,
+    instance_id: Annotated[int | None, Option(hidden=True)] = None,
     parent_pid: Annotated[int | None, Option(hidden=True)] = None,
 ) -> None:
-    """Run one engine. Without --headless it answers clients itself, through a gateway beside it."""
+    """Run one engine: alone, answering clients through a gateway beside it, or in a fleet."""
     config = engine_config(model, {**engine, **executor_options})
     listen = gateway_config(server, config.max_queued_requests)
     set_up_logging(server["log_level"])
-    sys.exit(_run_headless(config, listen, parent_pid) if headless else _run_alone(config, listen))
+    if join is None:
+        if advertise_host is not None:
+            raise usage_error("--advertise-host is for engines in a fleet: --join HOST:PORT")
+        sys.exit(_run_headless(config, listen, parent_pid) if headless else _run_alone(config, listen))
+    from chiron_engine.serving.fleet_member import Join
+
+    sys.exit(_run_headless(config, listen, parent_pid, Join(join, instance_id, advertise_host)))
 
 
 def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
@@ -73,7 +89,9 @@ def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
     return asyncio.run(EngineRunner(config, listen, phases).run(announce, gateway))
 
 
-def _run_headless(config: EngineConfig, listen: GatewayConfig, parent_pid: int | None) -> int:
+def _run_headless(
+    config: EngineConfig, listen: GatewayConfig, parent_pid: int | None, join: Join | None = None
+) -> int:
     """A failure is a report too: the parent tells its cause."""
     from chiron_engine.cluster.engine_report import EngineFailed, EngineReady, LoadPhase
     from chiron_engine.cluster.parent_death import die_with_parent
@@ -96,7 +114,7 @@ def _run_headless(config: EngineConfig, listen: GatewayConfig, parent_pid: int |
         channel.send(LoadPhase(phase, fraction))
 
     try:
-        return asyncio.run(EngineRunner(config, listen, progress).run(announce))
+        return asyncio.run(EngineRunner(config, listen, progress, join).run(announce))
     except CommandError as error:
         channel.send(EngineFailed(error.code, error.message))
         return error.code

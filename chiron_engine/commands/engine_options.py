@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from chiron_engine.config import DEVICES, DTYPES, EXECUTORS, EngineConfig
+from chiron_engine.policy.iteration.local_autoscaler import LOCAL_AUTOSCALERS
 
 from .exits import usage_errors
 from .option_tables import TableOption, choice, with_options
@@ -86,6 +87,13 @@ with_engine_options = with_options("engine", ENGINE_OPTIONS, "Engine")
 # For engine processes; offline there is nothing to time.
 EXECUTOR_OPTIONS = dict(
     (
+        _entry(
+            "local_autoscaler",
+            "--local-autoscaler",
+            str,
+            "What resizes the running batch.",
+            **choice(LOCAL_AUTOSCALERS),
+        ),
         _entry("executor", "--executor", str, "What runs the steps.", **choice(EXECUTORS)),
         _entry(
             "profile", "--profile", str | None, "Step times of a simulated executor.", metavar="NAME|FILE"

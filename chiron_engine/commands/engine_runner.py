@@ -17,6 +17,7 @@ from chiron_engine.serving.engine_process import (
     run_engine,
 )
 from chiron_engine.serving.engine_service import EngineDescription
+from chiron_engine.serving.fleet_member import EngineRefused, Join
 
 from .exits import CommandError, load_errors, port_errors, stop_code
 
@@ -24,7 +25,11 @@ from .exits import CommandError, load_errors, port_errors, stop_code
 class EngineRunner:
     """progress(phase, fraction): called while the model loads; the engine's status shows the phase too."""
 
-    def __init__(self, config: EngineConfig, listen: GatewayConfig, progress: Progress) -> None:
+    def __init__(
+        self, config: EngineConfig, listen: GatewayConfig, progress: Progress, join: Join | None = None
+    ) -> None:
+        """join: the fleet to join once the model is loaded."""
+        self._join = join
         self._config = config
         self._listen = listen
         self._progress = progress
@@ -49,9 +54,10 @@ class EngineRunner:
                     max_message_bytes=self._listen.max_message_bytes,
                     shutdown=shutdown,
                     companion=companion,
+                    join=self._join,
                     on_ready=lambda port: on_ready(port, self._loaded),
                 )
-            except EngineFailed as error:
+            except (EngineFailed, EngineRefused) as error:
                 raise CommandError(str(error)) from error
         return stop_code(shutdown.signal)
 
@@ -61,7 +67,7 @@ class EngineRunner:
         with load_errors():
             self._loaded = loaded = self._load_model(report)
         description = EngineDescription(loaded.name, loaded.architecture, loaded.dtype, loaded.eos_token_ids)
-        return LoadedEngine(loaded.core, description)
+        return LoadedEngine(loaded.core, description, loaded.costs)
 
     def _load_model(self, report: Progress) -> LoadedModel:
         if self._config.executor == "simulated":
@@ -72,7 +78,7 @@ class EngineRunner:
         from chiron_engine.serving.core_setup import load_core
 
         resolve_model(self._config.model, report)  # says what is wrong before torch is imported
-        return load_core(self._config, self._resources, report)
+        return load_core(self._config, self._resources, report, time_steps=self._join is not None)
 
     def _report(self, report_phase: ReportPhase, phase: str, fraction: float) -> None:
         report_phase(phase)

@@ -53,7 +53,7 @@ def generate(
     refuse_given(context, REMOTE_OPTIONS, "it needs --server")
     if not words:
         raise usage_error("name a model (chiron generate MODEL PROMPT) or a server (--server HOST:PORT)")
-    config = engine_config(words.pop(0), engine)
+    config = engine_config(words.pop(0), {**engine, "local_autoscaler": "fixed"})
     _offline(config, read_prompts(words, file), request, chat, as_json)
 
 

@@ -99,13 +99,16 @@ def load_simulated(config: EngineConfig, resources: ExitStack) -> LoadedModel:
         copy_s,
     )
     swap_costs = SwapCosts(copy_s, copy_s, profile.fit.per_prompt_token_s * config.time_scale)
+    costs = profile.fit.scaled(config.time_scale)
+    log = open_log(config.step_log, resources)
     return LoadedModel(
-        core=build_core(config, executor, open_log(config.step_log, resources), swap_costs),
+        core=build_core(config, executor, log, swap_costs, costs),
         name=config.served_model_name or Path(config.model).name,
         architecture=f"simulated {profile.name}",
         dtype=profile.name.rpartition("/")[2],
         eos_token_ids=eos_token_ids,
         path=directory,
+        costs=costs,
     )
 
 

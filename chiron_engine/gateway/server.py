@@ -88,37 +88,36 @@ class Gateway:
             await self._changed.wait()
 
 
+def open_server(config: GatewayConfig) -> tuple[grpc.aio.Server, int]:
+    """A server bound to the configured port, not yet started, and the port it got. Raises PortInUse or
+    BindError."""
+    server = create_server(config.max_message_bytes)
+    return server, bind(server, config.host, config.grpc_port)
+
+
 async def serve_gateway(
     config: GatewayConfig,
-    text: ModelText,
-    model_name: str,
-    router: EngineRouter,
+    gateway: Gateway,
+    server: grpc.aio.Server,
     *,
-    seed: int = 0,
-    shutdown: Shutdown | None = None,
-    on_ready: Callable[[int], None] = lambda port: None,
+    shutdown: Shutdown,
+    more_services: Sequence[str] = (),
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a gateway process until it is asked to stop, then drain it.
+    """Run a gateway on `server` until asked to stop, then drain it.
 
-    on_ready: called once, with the port, when the first engine is ready; until then the server
-    answers, with UNAVAILABLE. seed: as of `Gateway`. shutdown: without one, SIGTERM and SIGINT are
-    handled here. Raises PortInUse or BindError at once where the port cannot be had.
+    on_ready: called once, when the first engine is ready; until then the server answers, with
+    UNAVAILABLE. more_services: others that were added to the server.
     """
-    if shutdown is None:
-        shutdown = Shutdown(config.drain_timeout_s)
-        shutdown.install()
-    server = create_server(config.max_message_bytes)
-    gateway = Gateway(text, model_name, router, config.max_queued_requests, seed)
     gateway.add_to(server)
     health = Health(server)
     everything = ("", *gateway.services)
     await health.set_serving(False, everything)
     if config.reflection:
-        enable_reflection(server, gateway.services)
-    port = bind(server, config.host, config.grpc_port)
+        enable_reflection(server, (*gateway.services, *more_services))
     await server.start()
     gateway.start(health, everything)
-    ready = asyncio.create_task(_report_ready(gateway, port, on_ready))
+    ready = asyncio.create_task(_report_ready(gateway, on_ready))
     try:
         await shutdown.drain.wait()
         log.info("draining: no new requests; %g s for those running", config.drain_timeout_s)
@@ -132,6 +131,6 @@ async def serve_gateway(
         shutdown.finished()
 
 
-async def _report_ready(gateway: Gateway, port: int, on_ready: Callable[[int], None]) -> None:
+async def _report_ready(gateway: Gateway, on_ready: Callable[[], None]) -> None:
     await gateway.wait_ready()
-    on_ready(port)
+    on_ready()

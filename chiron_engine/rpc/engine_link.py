@@ -49,6 +49,10 @@ class EngineLink:
         return self._connected and not self.load.draining
 
     @property
+    def is_connected(self) -> bool:
+        return self._connected
+
+    @property
     def outstanding(self) -> int:
         """Requests that this process, or the engine as it last said, has there."""
         return max(len(self._streams), self.load.running + self.load.waiting)

@@ -1,5 +1,6 @@
-"""Steps run before the first request: to warm up, to find the memory a full step takes, and to
-time recomputation against copies. They overwrite KV blocks, so only on an executor not yet in use.
+"""Steps run before the first request: to warm up, to find the memory a full step takes, to time
+recomputation against copies, and to know roughly what steps cost. They overwrite KV blocks, so only on
+an executor not yet in use.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ import time
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.plan import Chunk, DecodeBatch, Joined, StepPlan
 from chiron_engine.policy.iteration.request import GREEDY, Request, SamplingParams
+from chiron_engine.policy.iteration.step_costs import StepCosts
 
 from .torch_executor import TorchExecutor
 
 WARM_UP_TOKENS = 32
 RECOMPUTED_TOKENS = 256
+TIMED_REQUESTS = 8
+SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
+SHORT_PROMPT, LONG_PROMPT = 16, 128
+LEAST_STEP_S = 1e-6
 # Exercises every stage of the sampler.
 SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.9)
 
@@ -116,3 +122,38 @@ def _recompute_seconds(executor: TorchExecutor) -> float:
         best = min(best, trial.prefill())
     trial.leave()
     return best / known
+
+
+def measure_step_costs(executor: TorchExecutor) -> StepCosts:
+    """What steps cost, from the times of five: a start for whoever then learns from real ones.
+
+    Lengths that the executor does not hold are cut to what it does.
+    """
+    shape = executor.shape
+    room = min(shape.max_model_len, shape.num_device_blocks * shape.block_size // TIMED_REQUESTS) - 2
+    n = min(TIMED_REQUESTS, shape.max_slots)
+    short, long = min(SHORT_CONTEXT, room), min(LONG_CONTEXT, room)
+    one, many, full = (_decode_s(executor, *load) for load in ((1, short), (n, short), (n, long)))
+    per_kv_token = max(0.0, full - many) / max(1, n * (long - short))
+    per_request = max(0.0, (many - one) / max(1, n - 1) - per_kv_token * short)
+    base = max(LEAST_STEP_S, one - per_request - per_kv_token * short)
+    first, second = min(SHORT_PROMPT, room), min(LONG_PROMPT, room, shape.max_step_tokens)
+    slower = _prefill_s(executor, second) - _prefill_s(executor, first)
+    return StepCosts(base, per_request, per_kv_token, max(0.0, slower) / max(1, second - first))
+
+
+def _decode_s(executor: TorchExecutor, requests: int, context: int) -> float:
+    """Seconds of a step in which so many requests with this context decode. What their KV holds does
+    not matter."""
+    trial = TrialRequests(executor, requests, context, 2)
+    trial.prefill(start=context - 1)
+    seconds = trial.decode()
+    trial.leave()
+    return seconds
+
+
+def _prefill_s(executor: TorchExecutor, tokens: int) -> float:
+    trial = TrialRequests(executor, 1, tokens, 1)
+    seconds = trial.prefill()
+    trial.leave()
+    return seconds

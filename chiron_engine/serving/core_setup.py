@@ -11,7 +11,10 @@ from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import Executor
 from chiron_engine.core.step_stats import StepLog
+from chiron_engine.policy.iteration.autoscaler_inputs import EngineCapacity, ItlTargets
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
+from chiron_engine.policy.iteration.local_autoscaler import make_local_autoscaler
+from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.runtime.torch_environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -24,7 +27,8 @@ Progress = Callable[[str, float], None]
 class LoadedModel:
     """A core over a loaded model, and what the rest of a process needs to know of the model.
 
-    dtype: the one in use, as `bfloat16`. path: the directory of its tokenizer; None without one.
+    dtype: the one in use, as `bfloat16`. path: the directory of its tokenizer; None without one. costs: of
+    steps, as far as they were timed.
     """
 
     core: EngineCore
@@ -33,9 +37,16 @@ class LoadedModel:
     dtype: str
     eos_token_ids: tuple[int, ...]
     path: Path | None
+    costs: StepCosts | None = None
 
 
-def load_core(config: EngineConfig, resources: ExitStack, progress: Progress | None = None) -> LoadedModel:
+def load_core(
+    config: EngineConfig,
+    resources: ExitStack,
+    progress: Progress | None = None,
+    *,
+    time_steps: bool = False,
+) -> LoadedModel:
     """Load a model and put a core over it. `resources` closes both, and the step log.
 
     Takes seconds, imports torch. Raises what `build_executor` raises, and ValueError where the step
@@ -45,7 +56,7 @@ def load_core(config: EngineConfig, resources: ExitStack, progress: Progress | N
         raise ValueError(f"a model needs the executor torch, not {config.executor}")
     prepare_environment()  # before torch is loaded by what follows
     from chiron_engine.runtime.build import build_executor
-    from chiron_engine.runtime.trial_steps import measure_swap_costs
+    from chiron_engine.runtime.trial_steps import measure_step_costs, measure_swap_costs
 
     log = open_log(config.step_log, resources)
     executor, spec = build_executor(config, progress)
@@ -58,6 +69,7 @@ def load_core(config: EngineConfig, resources: ExitStack, progress: Progress | N
         dtype=str(executor.model.dtype).removeprefix("torch."),
         eos_token_ids=spec.eos_token_ids,
         path=spec.path,
+        costs=measure_step_costs(executor) if time_steps else None,
     )
 
 
@@ -66,9 +78,18 @@ def build_core(
     executor: Executor,
     log: StepLog | None = None,
     swap_costs: SwapCosts | None = None,
+    costs: StepCosts | None = None,
 ) -> EngineCore:
+    """costs: of steps, where they are known beforehand. Raises ValueError for an unknown local
+    autoscaler."""
+    shape = executor.shape
+    capacity = EngineCapacity(
+        shape.max_slots, shape.max_step_tokens, shape.block_size, shape.num_device_blocks * shape.block_size
+    )
+    targets = ItlTargets(config.itl_slo_s, config.batch_itl_slo_s)
     core = EngineCore(
         executor,
+        local_autoscaler=make_local_autoscaler(config.local_autoscaler, capacity, targets, costs),
         enable_prefix_caching=config.enable_prefix_caching,
         swap_costs=swap_costs,
         max_queued_requests=config.max_queued_requests,

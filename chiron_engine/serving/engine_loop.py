@@ -142,7 +142,7 @@ class EngineLoop:
 
     def give_back_batch(self) -> None:
         """Hand back every batch request, with nothing saved of it."""
-        self._post(self._give_back_batch)
+        self._post(partial(self._give_back_batch))
 
     def drain(self) -> None:
         """Take no more requests; those here run to their end, then `drained` is set."""

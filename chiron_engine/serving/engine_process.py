@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import grpc.aio
 
 from chiron_engine.core.engine_core import EngineCore
+from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.rpc.client import ENGINE_SERVICE
 from chiron_engine.rpc.options import MAX_MESSAGE_BYTES
 from chiron_engine.rpc.port import bind
@@ -21,6 +22,7 @@ from chiron_engine.rpc.v1 import engine_pb2_grpc
 
 from .engine_loop import EngineLoop, LoopState
 from .engine_service import EngineDescription, EngineService
+from .fleet_member import FleetMember, Join
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,11 @@ LOOP_STOP_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
+    """costs: what steps cost as far as is known, for a coordinator; needed only in a fleet."""
+
     core: EngineCore
     description: EngineDescription
+    costs: StepCosts | None = None
 
 
 class EngineFailed(RuntimeError):
@@ -66,6 +71,7 @@ async def run_engine(
     drain_timeout_s: float = 30.0,
     shutdown: Shutdown | None = None,
     companion: Callable[[str], Companion] | None = None,
+    join: Join | None = None,
     on_listening: Callable[[int], None] = lambda port: None,
     on_ready: Callable[[int], None] = lambda port: None,
 ) -> None:
@@ -77,21 +83,24 @@ async def run_engine(
     shutdown: without one, SIGTERM and SIGINT are handled here. `drain_timeout_s` applies to it only.
     companion: given the engine's address (`host:port`), makes a gateway for the same server, as
         `lambda address: Gateway(text, name, EnginePool([address]))`.
+    join: the coordinator to join once loaded, which may then end this engine; batch requests are given
+        back to it. `load` must tell step costs then.
     on_listening, on_ready: called once each, with the port; ready is when a request would be served.
 
-    Raises PortInUse or BindError at once, whatever `load` raises, and EngineFailed when a step
-    raised (live requests end with an error, health says NOT_SERVING, nothing is retried).
+    Raises PortInUse or BindError at once, whatever `load` raises, EngineRefused where the coordinator
+    does not take this engine, and EngineFailed when a step raised (live requests end with an error,
+    health says NOT_SERVING, nothing is retried).
     """
     if shutdown is None:
         shutdown = Shutdown(drain_timeout_s)
         shutdown.install()
     server = create_server(max_message_bytes)
-    process = _EngineProcess(server, shutdown, seed)
+    process = _EngineProcess(server, shutdown, seed, join)
     bound = bind(server, host, port)
     try:
         await process.listen(_loopback(host, bound), companion, reflection)
         on_listening(bound)
-        if await process.load(load):
+        if await process.load(load, bound):
             on_ready(bound)
             await process.serve_and_drain()
     finally:
@@ -102,7 +111,7 @@ async def run_engine(
 class _EngineProcess:
     """The stages of `run_engine`, in the order they are called."""
 
-    def __init__(self, server: grpc.aio.Server, shutdown: Shutdown, seed: int) -> None:
+    def __init__(self, server: grpc.aio.Server, shutdown: Shutdown, seed: int, join: Join | None) -> None:
         self._server = server
         self._shutdown = shutdown
         self._seed = seed
@@ -110,6 +119,9 @@ class _EngineProcess:
         self._health = Health(server)
         self._companion: Companion | None = None
         self._loop: EngineLoop | None = None
+        self._join = join
+        self._member: FleetMember | None = None
+        self._fleet_error: Exception | None = None
 
     async def listen(
         self, address: str, companion: Callable[[str], Companion] | None, reflection: bool
@@ -125,7 +137,7 @@ class _EngineProcess:
             enable_reflection(self._server, services)
         await self._server.start()
 
-    async def load(self, load: Load) -> bool:
+    async def load(self, load: Load, port: int) -> bool:
         """Run `load` in a thread. False if asked to stop meanwhile; the thread dies with the process."""
         loading: asyncio.Future[Any] = _in_daemon_thread(lambda: load(self._report_phase))
         stopping: asyncio.Future[Any] = asyncio.create_task(self._shutdown.drain.wait())
@@ -137,8 +149,12 @@ class _EngineProcess:
         loaded = loading.result()
         self._loop = EngineLoop(loaded.core)
         self._service.attach(self._loop, loaded.description, self._seed)
+        if self._join is not None:
+            self._member = self._make_member(self._join, loaded, port)
         self._loop.start()
         await self._health.set_serving(True, [ENGINE_SERVICE])
+        if self._member is not None:
+            self._member.start()
         if self._companion is None:
             await self._health.set_serving(True, [""])
             return True
@@ -157,12 +173,16 @@ class _EngineProcess:
             await self._service.flush(FLUSH_S)
             raise EngineFailed("a step of the engine failed; the log has the cause")
         await self._drain(self._loop)
+        if self._fleet_error is not None:
+            raise self._fleet_error
 
     async def close(self) -> None:
         """End the streams with a clean status, then the server, then the loop and its executor."""
         await self._service.close(FLUSH_S)
         if self._companion is not None:
             await self._companion.close()
+        if self._member is not None:
+            self._member.close()
         await self._server.stop(STOP_GRACE_S)
         if self._loop is not None:
             self._loop.stop()
@@ -170,6 +190,8 @@ class _EngineProcess:
 
     async def _drain(self, loop: EngineLoop) -> None:
         log.info("draining: no new requests; %g s for those running", self._shutdown.drain_timeout_s)
+        if self._member is not None:
+            self._member.leave()
         loop.drain()
         self._service.announce_draining()
         waits: list[asyncio.Future[Any]] = [asyncio.wrap_future(loop.drained)]
@@ -179,6 +201,20 @@ class _EngineProcess:
             log.warning("not drained in time; the requests left are aborted")
             loop.stop()
             await asyncio.wait([asyncio.wrap_future(loop.ended)], timeout=LOOP_STOP_S)
+
+    def _make_member(self, join: Join, loaded: LoadedEngine, port: int) -> FleetMember:
+        assert self._loop is not None
+        if loaded.costs is None:
+            raise ValueError("an engine in a fleet must know what its steps cost")
+        model = loaded.description.model
+        return FleetMember(
+            join, loaded.core, self._loop, self._service.boot_id, model, loaded.costs, port, self._end
+        )
+
+    def _end(self, error: Exception | None) -> None:
+        """Called on a thread of the member's."""
+        self._fleet_error = error
+        self._shutdown.request()
 
     def _companion_services(self) -> Sequence[str]:
         return self._companion.services if self._companion is not None else ()

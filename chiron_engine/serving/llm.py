@@ -22,7 +22,8 @@ class LLM(OfflineEngine):
             print(output.text)
 
     model: a Hugging Face directory or id, or `smollm2`; or a whole EngineConfig. options: fields of
-    EngineConfig. progress(phase, fraction): called while the model loads.
+    EngineConfig; limits are fixed unless `local_autoscaler` says otherwise. progress(phase, fraction):
+    called while the model loads.
 
     Raises ModelError where the model cannot be loaded, MemoryError where it does not fit,
     ValueError for an option outside its range.
@@ -38,7 +39,8 @@ class LLM(OfflineEngine):
         if isinstance(model, EngineConfig):
             config = dataclasses.replace(model, **options)
         else:
-            config = EngineConfig(model=model, **options)
+            # Offline nobody waits for the next token: as many at once as fit.
+            config = EngineConfig(model=model, **{"local_autoscaler": "fixed", **options})
         with ExitStack() as resources:
             loaded = load_core(config, resources, progress)
             assert loaded.path is not None  # a model comes from a directory

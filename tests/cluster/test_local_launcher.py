@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from chiron_engine.cluster.engine_report import EngineFailed, EngineReady, LoadPhase, decode, encode
+from chiron_engine.cluster.engines import LaunchError
 from chiron_engine.cluster.gpus import usable_gpus
-from chiron_engine.cluster.local_launcher import EngineLaunchError, LocalLauncher, threads_per_engine
+from chiron_engine.cluster.local_launcher import LocalLauncher, threads_per_engine
 
 FAKE = Path(__file__).parent / "fake_engine.py"
 
@@ -110,13 +111,13 @@ def test_starts_follows_and_stops() -> None:
         seen = Seen()
         launcher = seen.launcher("serve")
         engines = await asyncio.gather(launcher.launch(0), launcher.launch(1))
-        assert [engine.index for engine in engines] == [0, 1]
+        assert [engine.instance_id for engine in engines] == [0, 1]
         assert len({engine.ready.pid for engine in engines}) == 2
         assert engines[0].ready.model_path == "threads=3"
         assert (0, LoadPhase("load weights", 0.5)) in seen.phases
         assert (1, "a line for people") in seen.logs
         assert any(len(line) == 200_000 for _, line in seen.logs)
-        await launcher.stop(grace_s=5)
+        await launcher.stop_all(grace_s=5)
         assert [await engine.exited for engine in engines] == [-signal.SIGTERM] * 2
         assert not any(is_alive(engine.ready.pid) for engine in engines)
 
@@ -128,7 +129,11 @@ def test_each_engine_sees_its_own_gpu() -> None:
         launcher = Seen().launcher("gpu", ("5", "GPU-ab"))
         engines = await asyncio.gather(launcher.launch(0), launcher.launch(1))
         assert [engine.ready.model_path for engine in engines] == ["gpu=5", "gpu=GPU-ab"]
-        await launcher.stop(grace_s=5)
+        with pytest.raises(LaunchError, match="all 2 GPUs are taken"):
+            await launcher.launch(2)
+        await launcher.stop(0, grace_s=5)
+        assert (await launcher.launch(3)).ready.model_path == "gpu=5"
+        await launcher.stop_all(grace_s=5)
 
     asyncio.run(scenario())
 
@@ -139,7 +144,7 @@ def test_an_engine_that_dies_is_noticed() -> None:
         engine = await launcher.launch(0)
         os.kill(engine.ready.pid, signal.SIGKILL)
         assert await asyncio.wait_for(engine.exited, 5) == -signal.SIGKILL
-        await launcher.stop(grace_s=1)
+        await launcher.stop_all(grace_s=1)
 
     asyncio.run(scenario())
 
@@ -151,10 +156,10 @@ def test_an_engine_that_dies_is_noticed() -> None:
 def test_a_failed_load_carries_code_and_cause(behaviour: str, code: int, words: str) -> None:
     async def scenario() -> None:
         launcher = Seen().launcher(behaviour)
-        with pytest.raises(EngineLaunchError, match=words) as caught:
+        with pytest.raises(LaunchError, match=words) as caught:
             await launcher.launch(5)
-        assert (caught.value.code, caught.value.index) == (code, 5)
-        await launcher.stop(grace_s=1)
+        assert caught.value.code == code
+        await launcher.stop_all(grace_s=1)
 
     asyncio.run(scenario())
 
@@ -164,7 +169,7 @@ def test_what_ignores_sigterm_is_killed_with_its_children() -> None:
         seen = Seen()
         launcher = seen.launcher("with-child")
         engine = await launcher.launch(0)
-        await launcher.stop(grace_s=0.2)
+        await launcher.stop_all(grace_s=0.2)
         assert await engine.exited == -signal.SIGKILL
         (child,) = [int(line.split()[1]) for _, line in seen.logs if line.startswith("child ")]
         return [engine.ready.pid, child]

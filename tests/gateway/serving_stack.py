@@ -21,7 +21,7 @@ from chiron_engine.core.executor import Executor, ExecutorShape
 from chiron_engine.core.latency_model import LatencyModelExecutor
 from chiron_engine.core.null_executor import NullExecutor
 from chiron_engine.gateway.engine_pool import EnginePool
-from chiron_engine.gateway.server import serve_gateway
+from chiron_engine.gateway.server import Gateway, open_server, serve_gateway
 from chiron_engine.gateway.text import ModelText
 from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.rpc.client import EngineClient, InferenceClient
@@ -118,9 +118,10 @@ async def running_gateway(
 ) -> AsyncIterator[RunningGateway]:
     settings = GatewayConfig(grpc_port=config.pop("grpc_port", free_port()), **config)  # type: ignore[arg-type]
     shutdown = Shutdown(settings.drain_timeout_s)
-    task = asyncio.create_task(
-        serve_gateway(settings, ModelText.from_directory(model), NAME, EnginePool(engines), shutdown=shutdown)
-    )
+    server, _ = open_server(settings)
+    text = ModelText.from_directory(model)
+    gateway = Gateway(text, NAME, EnginePool(engines), settings.max_queued_requests)
+    task = asyncio.create_task(serve_gateway(settings, gateway, server, shutdown=shutdown))
     async with InferenceClient(f"127.0.0.1:{settings.grpc_port}") as client:
         try:
             if wait:

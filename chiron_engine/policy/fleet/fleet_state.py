@@ -15,6 +15,7 @@ from .messages import (
     FleetEvent,
     FleetGauges,
     InstanceExited,
+    InstanceJoined,
     InstanceLost,
     InstanceReady,
     InstanceReported,
@@ -26,6 +27,7 @@ from .messages import (
     RequestCancelled,
     RequestEvicted,
     RequestFinished,
+    RetireAsked,
     Role,
     Tick,
 )
@@ -57,6 +59,8 @@ class FleetState:
             RequestEvicted: self._on_evicted,
             RequestCancelled: self._on_cancelled,
             InstanceReady: self._on_ready,
+            InstanceJoined: self._on_joined,
+            RetireAsked: self._on_retire_asked,
             LaunchFailed: self._on_launch_failed,
             InstanceLost: self._on_lost,
             InstanceExited: self._on_exited,
@@ -114,6 +118,18 @@ class FleetState:
         instance = self.instances.by_id.get(event.instance_id)
         if instance is not None and instance.state is InstanceState.LOADING:
             self.scaling.ready(instance, now, out)
+
+    def _on_joined(self, event: InstanceJoined, now: float, out: Effects) -> None:
+        if event.instance_id != self.instances.next_id:
+            raise ValueError(
+                f"instance {event.instance_id} joins; the next new one is {self.instances.next_id}"
+            )
+        self.scaling.join(event.role, event.itl_target_s, now)
+
+    def _on_retire_asked(self, event: RetireAsked, now: float, out: Effects) -> None:
+        instance = self.instances.by_id.get(event.instance_id)
+        if instance is not None and instance.state is not InstanceState.DRAINING:
+            self.scaling.retire(instance, now, out)
 
     def _on_launch_failed(self, event: LaunchFailed, now: float, out: Effects) -> None:
         instance = self.instances.by_id.get(event.instance_id)

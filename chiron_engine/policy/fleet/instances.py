@@ -148,14 +148,14 @@ class Instances:
         self.ready: dict[Role, dict[int, Instance]] = {role: {} for role in Role}
         self.num_loading = 0
         self.num_draining = 0
-        self._next_id = 0
+        self.next_id = 0
 
     def __len__(self) -> int:
         return len(self.by_id)
 
     def launch(self, role: Role, target_s: float, kv_capacity: float, max_slots: int, now: float) -> Instance:
-        instance = Instance(self._next_id, role, target_s, kv_capacity, max_slots, now)
-        self._next_id += 1
+        instance = Instance(self.next_id, role, target_s, kv_capacity, max_slots, now)
+        self.next_id += 1
         self.by_id[instance.instance_id] = instance
         self.num_loading += 1
         return instance

@@ -97,6 +97,23 @@ class InstanceReady:
 
 
 @dataclass(frozen=True, slots=True)
+class InstanceJoined:
+    """An instance that nobody here launched has come, under a new id (`Instances.next_id`): started by
+    hand, or by a coordinator before this one. InstanceReady follows."""
+
+    instance_id: int
+    role: Role
+    itl_target_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RetireAsked:
+    """The operator wants this instance gone: it is drained, however much the fleet needs it."""
+
+    instance_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchFailed:
     instance_id: int
     cause: str
@@ -165,6 +182,8 @@ FleetEvent = (
     | RequestEvicted
     | RequestCancelled
     | InstanceReady
+    | InstanceJoined
+    | RetireAsked
     | LaunchFailed
     | InstanceLost
     | InstanceExited

@@ -89,6 +89,17 @@ class Scaling:
         self._dispatcher.serve_held(now, out)
         self._dispatcher.fill(instance, now, out)
 
+    def join(self, role: Role, target_s: float, now: float) -> None:
+        """An instance that was not launched, under the next id. Its load time tells nothing."""
+        instance, _ = self._launch(role, target_s, now)
+        instance.is_initial = True
+
+    def retire(self, instance: Instance, now: float, out: Effects) -> None:
+        """Drain it, whatever it has to do."""
+        if not instance.closing:
+            self._close(instance, now)
+        self._drain(instance, out)
+
     def launch_failed(self, instance: Instance, now: float, out: Effects) -> None:
         """The next launch waits: twice as long after each failure in a row."""
         self._failures = min(self._failures + 1, MOST_DOUBLINGS)
@@ -130,9 +141,12 @@ class Scaling:
         for instance in self._instances.staying():
             overdue = now - instance.closing_since >= MOST_CLOSING_S
             if instance.closing and (instance.is_empty or overdue):
-                self._dispatcher.release_saved(instance, out)
-                self._instances.set_draining(instance)
-                out.append(Drain(instance.instance_id))
+                self._drain(instance, out)
+
+    def _drain(self, instance: Instance, out: Effects) -> None:
+        self._dispatcher.release_saved(instance, out)
+        self._instances.set_draining(instance)
+        out.append(Drain(instance.instance_id))
 
     def _follow_model(self) -> None:
         """Loads under the step model of now."""

@@ -14,7 +14,7 @@ class EngineReport(_message.Message):
     def __init__(self, register: _Optional[_Union[Register, _Mapping]] = ..., telemetry: _Optional[_Union[Telemetry, _Mapping]] = ...) -> None: ...
 
 class Register(_message.Message):
-    __slots__ = ("boot_id", "instance_id", "version", "model", "address", "host", "pid", "block_size", "kv_capacity_tokens", "max_slots", "max_model_len", "max_step_tokens", "devices")
+    __slots__ = ("boot_id", "instance_id", "version", "model", "address", "host", "pid", "block_size", "kv_capacity_tokens", "max_slots", "max_model_len", "max_step_tokens", "devices", "costs")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class Register(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     instance_id: int
     version: str
@@ -41,7 +42,22 @@ class Register(_message.Message):
     max_model_len: int
     max_step_tokens: int
     devices: str
-    def __init__(self, boot_id: _Optional[str] = ..., instance_id: _Optional[int] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., devices: _Optional[str] = ...) -> None: ...
+    costs: StepCosts
+    def __init__(self, boot_id: _Optional[str] = ..., instance_id: _Optional[int] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., devices: _Optional[str] = ..., costs: _Optional[_Union[StepCosts, _Mapping]] = ...) -> None: ...
+
+class StepCosts(_message.Message):
+    __slots__ = ("base_s", "per_request_s", "per_kv_token_s", "per_prompt_token_s", "per_prompt_context_s")
+    BASE_S_FIELD_NUMBER: _ClassVar[int]
+    PER_REQUEST_S_FIELD_NUMBER: _ClassVar[int]
+    PER_KV_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PER_PROMPT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PER_PROMPT_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
+    base_s: float
+    per_request_s: float
+    per_kv_token_s: float
+    per_prompt_token_s: float
+    per_prompt_context_s: float
+    def __init__(self, base_s: _Optional[float] = ..., per_request_s: _Optional[float] = ..., per_kv_token_s: _Optional[float] = ..., per_prompt_token_s: _Optional[float] = ..., per_prompt_context_s: _Optional[float] = ...) -> None: ...
 
 class Telemetry(_message.Message):
     __slots__ = ("boot_id", "step", "running_interactive", "running_batch", "waiting", "kv_tokens", "max_running", "token_budget", "itl_s", "batch_tokens_total", "output_tokens_total", "preemptions_total", "last_step", "latency_backpressure", "throughput_backpressure", "free_blocks", "total_blocks", "free_host_blocks", "total_host_blocks", "prefix_hit_tokens", "prefix_query_tokens", "phase")
@@ -204,29 +220,11 @@ class Instance(_message.Message):
     def __init__(self, instance_id: _Optional[int] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., devices: _Optional[str] = ..., boot_id: _Optional[str] = ..., itl_target_s: _Optional[float] = ..., load: _Optional[float] = ..., age_s: _Optional[float] = ..., silent_s: _Optional[float] = ..., telemetry: _Optional[_Union[Telemetry, _Mapping]] = ...) -> None: ...
 
 class DrainInstanceRequest(_message.Message):
-    __slots__ = ("instance_id", "now")
+    __slots__ = ("instance_id",)
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
-    NOW_FIELD_NUMBER: _ClassVar[int]
     instance_id: int
-    now: bool
-    def __init__(self, instance_id: _Optional[int] = ..., now: bool = ...) -> None: ...
+    def __init__(self, instance_id: _Optional[int] = ...) -> None: ...
 
 class DrainInstanceResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
-
-class ScaleRequest(_message.Message):
-    __slots__ = ("min_instances", "max_devices")
-    MIN_INSTANCES_FIELD_NUMBER: _ClassVar[int]
-    MAX_DEVICES_FIELD_NUMBER: _ClassVar[int]
-    min_instances: int
-    max_devices: int
-    def __init__(self, min_instances: _Optional[int] = ..., max_devices: _Optional[int] = ...) -> None: ...
-
-class ScaleResponse(_message.Message):
-    __slots__ = ("min_instances", "max_devices")
-    MIN_INSTANCES_FIELD_NUMBER: _ClassVar[int]
-    MAX_DEVICES_FIELD_NUMBER: _ClassVar[int]
-    min_instances: int
-    max_devices: int
-    def __init__(self, min_instances: _Optional[int] = ..., max_devices: _Optional[int] = ...) -> None: ...

@@ -54,11 +54,6 @@ class CoordinatorStub(object):
                 request_serializer=chiron_dot_v1_dot_coordinator__pb2.DrainInstanceRequest.SerializeToString,
                 response_deserializer=chiron_dot_v1_dot_coordinator__pb2.DrainInstanceResponse.FromString,
                 _registered_method=True)
-        self.Scale = channel.unary_unary(
-                '/chiron.v1.Coordinator/Scale',
-                request_serializer=chiron_dot_v1_dot_coordinator__pb2.ScaleRequest.SerializeToString,
-                response_deserializer=chiron_dot_v1_dot_coordinator__pb2.ScaleResponse.FromString,
-                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -86,13 +81,6 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Scale(self, request, context):
-        """Least number of interactive and mixed instances, and the most devices, from now on.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,11 +98,6 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.DrainInstance,
                     request_deserializer=chiron_dot_v1_dot_coordinator__pb2.DrainInstanceRequest.FromString,
                     response_serializer=chiron_dot_v1_dot_coordinator__pb2.DrainInstanceResponse.SerializeToString,
-            ),
-            'Scale': grpc.unary_unary_rpc_method_handler(
-                    servicer.Scale,
-                    request_deserializer=chiron_dot_v1_dot_coordinator__pb2.ScaleRequest.FromString,
-                    response_serializer=chiron_dot_v1_dot_coordinator__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -197,33 +180,6 @@ class Coordinator(object):
             '/chiron.v1.Coordinator/DrainInstance',
             chiron_dot_v1_dot_coordinator__pb2.DrainInstanceRequest.SerializeToString,
             chiron_dot_v1_dot_coordinator__pb2.DrainInstanceResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Scale(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/chiron.v1.Coordinator/Scale',
-            chiron_dot_v1_dot_coordinator__pb2.ScaleRequest.SerializeToString,
-            chiron_dot_v1_dot_coordinator__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

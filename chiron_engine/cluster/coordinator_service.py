@@ -1,0 +1,59 @@
+"""The Coordinator service: the lines of engines, and what operators see and ask."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from chiron_engine.rpc.errors import RpcFailure, invalid_argument
+from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+from .coordinator import Coordinator
+from .engines import Engine
+from .fleet_message import fleet_message
+
+
+class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
+    """Runs on the coordinator's event loop."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def Join(
+        self, reports: AsyncIterator[coordinator_pb2.EngineReport], context: grpc.aio.ServicerContext
+    ) -> None:
+        first = await anext(reports, None)
+        if first is None or first.WhichOneof("report") != "register":
+            raise invalid_argument("the first report of an engine must be a Register")
+        engine = self._coordinator.joined(first.register)
+        sender = asyncio.create_task(_send_orders(engine, context))
+        try:
+            async for report in reports:
+                if report.WhichOneof("report") == "telemetry":
+                    self._coordinator.reported(engine, report.telemetry)
+        finally:
+            sender.cancel()
+
+    async def GetFleet(
+        self, request: coordinator_pb2.GetFleetRequest, context: grpc.aio.ServicerContext
+    ) -> coordinator_pb2.Fleet:
+        return fleet_message(self._coordinator)
+
+    async def DrainInstance(
+        self, request: coordinator_pb2.DrainInstanceRequest, context: grpc.aio.ServicerContext
+    ) -> coordinator_pb2.DrainInstanceResponse:
+        if not self._coordinator.retire(request.instance_id):
+            raise RpcFailure(
+                grpc.StatusCode.NOT_FOUND,
+                f"there is no instance {request.instance_id}",
+                error_code="not_found",
+            )
+        return coordinator_pb2.DrainInstanceResponse()
+
+
+async def _send_orders(engine: Engine, context: grpc.aio.ServicerContext) -> None:
+    orders = engine.orders
+    while (order := await orders.get()) is not None:
+        await context.write(order)

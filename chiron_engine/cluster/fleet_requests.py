@@ -1,0 +1,45 @@
+"""A client's request as the fleet policy sees it: lengths and promises, no tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+from chiron_engine.policy.fleet.messages import FleetRequest
+from chiron_engine.policy.iteration.request import Slo, SloClass
+from chiron_engine.rpc.token_stream import TokenStream
+from chiron_engine.rpc.v1 import engine_pb2
+from chiron_engine.rpc.wire import slo_fields
+
+PREFIX_TOKENS = 128
+"""Requests whose prompts begin with the same tokens, so many, gain from the same engine."""
+
+
+def fleet_request(stream: TokenStream, received: float, hello: engine_pb2.Hello) -> FleetRequest:
+    """received: on the coordinator's clock. Raises ValueError for an SLO that is none, or a deadline
+    that has passed."""
+    fields = slo_fields(stream.slo)
+    deadline_s = fields["deadline_s"]
+    prompt = len(stream.prompt_ids)
+    room = hello.max_model_len - prompt
+    asked = stream.sampling.max_tokens if stream.sampling.HasField("max_tokens") else room
+    return FleetRequest(
+        request_id=stream.key,
+        slo=Slo(
+            SloClass.BATCH if fields["batch"] else SloClass.INTERACTIVE,
+            fields["ttft_s"],
+            fields["itl_s"],
+            None if deadline_s is None else received + deadline_s,
+        ),
+        arrival=received,
+        prompt_tokens=prompt,
+        max_tokens=asked,
+        prefix=_prefix(stream.prompt_ids),
+    )
+
+
+def _prefix(prompt_ids: Sequence[int]) -> str | None:
+    if len(prompt_ids) < PREFIX_TOKENS:
+        return None
+    return hashlib.blake2b(array("I", prompt_ids[:PREFIX_TOKENS]).tobytes(), digest_size=8).hexdigest()

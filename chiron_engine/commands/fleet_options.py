@@ -1,0 +1,121 @@
+"""The options of commands that run a fleet: `chiron serve` and `chiron coordinator`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from chiron_engine.policy.fleet.autoscalers import GLOBAL_AUTOSCALERS
+from chiron_engine.policy.fleet.config import FleetConfig
+
+from .durations import parse_duration
+from .exits import usage_errors
+from .option_tables import TableOption, with_options
+
+DEFAULTS = FleetConfig()
+
+
+def _targets(text: str) -> tuple[float, ...]:
+    """`20ms,200ms` as seconds, the tightest first."""
+    try:
+        return tuple(sorted({parse_duration(part, "ms") for part in text.split(",")}))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        return parse_duration(text, "ms")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+FLEET_OPTIONS = {
+    "policy": TableOption(
+        "--policy",
+        str,
+        "chiron",
+        {"help": "What scales the fleet.", "metavar": "|".join(GLOBAL_AUTOSCALERS)},
+    ),
+    "max_engines": TableOption(
+        "--max-engines",
+        int | None,
+        None,
+        {"help": "Engines there may be (all GPUs; on the CPU as many as at the start).", "min": 1},
+    ),
+    "min_engines": TableOption(
+        "--min-engines",
+        int,
+        DEFAULTS.min_instances,
+        {"help": "Engines kept for interactive requests at any load.", "min": 1},
+    ),
+    "itl_targets_s": TableOption(
+        "--itl-slo",
+        Any,
+        "200ms",
+        {
+            "help": "ITL targets on offer to interactive requests; 20ms,200ms offers two.",
+            "parser": _targets,
+            "metavar": "TIME[,TIME]",
+        },
+    ),
+    "batch_itl_s": TableOption(
+        "--batch-itl-slo",
+        Any,
+        "2s",
+        {"help": "ITL target that batch work is sized by.", "parser": _milliseconds, "metavar": "TIME"},
+    ),
+    "tick_s": TableOption(
+        "--tick",
+        Any,
+        "1s",
+        {"help": "Time between two looks at the fleet.", "parser": _seconds, "metavar": "TIME"},
+    ),
+    "event_log": TableOption(
+        "--event-log",
+        Path | None,
+        None,
+        {"help": "Write every event and decision here, for `chiron replay`.", "dir_okay": False},
+    ),
+}
+
+with_fleet_options = with_options("fleet", FLEET_OPTIONS, "Fleet")
+
+
+@dataclass(frozen=True, slots=True)
+class FleetOptions:
+    """initial_engines: launched at the start."""
+
+    config: FleetConfig
+    policy: str
+    initial_engines: int
+    event_log: Path | None
+
+
+def fleet_options(fleet: Mapping[str, Any], initial_engines: int, most_engines: int) -> FleetOptions:
+    """most_engines: where --max-engines is not given. Raises CommandError (usage)."""
+    with usage_errors():
+        config = FleetConfig(
+            max_gpus=fleet["max_engines"] or most_engines,
+            min_instances=fleet["min_engines"],
+            tick_s=fleet["tick_s"],
+            itl_targets_s=fleet["itl_targets_s"],
+            batch_itl_s=fleet["batch_itl_s"],
+        )
+        if not config.min_instances <= config.max_gpus or initial_engines > config.max_gpus:
+            raise ValueError(
+                f"--engines is {initial_engines} and --min-engines {config.min_instances}; at most "
+                f"{config.max_gpus} engines may run (--max-engines)"
+            )
+        return FleetOptions(config, fleet["policy"], initial_engines, fleet["event_log"])

@@ -1,0 +1,140 @@
+"""What `chiron serve` runs: a coordinator and a gateway in this process, engines in their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from chiron_engine.cluster.coordinator import Coordinator
+from chiron_engine.cluster.coordinator_service import CoordinatorService
+from chiron_engine.cluster.engine_report import LoadPhase
+from chiron_engine.cluster.event_log import EventLog
+from chiron_engine.cluster.local_launcher import LocalLauncher
+from chiron_engine.config import EngineConfig, GatewayConfig
+from chiron_engine.gateway.server import Gateway, open_server, serve_gateway
+from chiron_engine.rpc.shutdown import Shutdown
+from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+from .console import LoadPhases, note
+from .example_request import example_request
+from .exits import CommandError, ExitCode, load_errors, port_errors, stop_code
+from .fleet_options import FleetOptions
+from .model_text import model_text, text_directory
+from .server_options import reachable
+
+log = logging.getLogger(__name__)
+
+COORDINATOR_SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
+
+MakeLauncher = Callable[[str], LocalLauncher]
+
+
+class FleetService:
+    """One gateway and the engines that the fleet policy asks for. `run` returns the exit code."""
+
+    def __init__(
+        self,
+        listen: GatewayConfig,
+        config: EngineConfig,
+        fleet: FleetOptions,
+        command: Sequence[str],
+        threads: int,
+        gpus: Sequence[str],
+    ) -> None:
+        """command: of an engine, but for what joins it. gpus: one for each engine; none on the CPU."""
+        self._listen = listen
+        self._config = config
+        self._fleet = fleet
+        self._command = command
+        self._threads = threads
+        self._gpus = gpus
+        self._phases: dict[int, LoadPhases] = {}
+
+    async def run(self) -> int:
+        """Until a signal. Raises CommandError where it cannot start."""
+        shutdown = Shutdown(self._listen.drain_timeout_s)
+        shutdown.install()
+        with load_errors():
+            text = model_text(text_directory(self._config, self._phases_of(0)))
+        with port_errors():
+            server, port = open_server(self._listen)
+        with ExitStack() as resources:
+            coordinator = self._coordinator(self._launcher(port), resources)
+            coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(coordinator), server)
+            config = self._config
+            gateway = Gateway(
+                text,
+                config.served_model_name or config.model,
+                coordinator,
+                self._listen.max_queued_requests,
+                config.seed,
+            )
+
+            def announce() -> None:
+                address = reachable(self._listen.host, port)
+                note(f"serving {config.model} on {address}; try:")
+                print(example_request(address, text), flush=True)
+
+            serving = asyncio.create_task(
+                serve_gateway(
+                    self._listen,
+                    gateway,
+                    server,
+                    shutdown=shutdown,
+                    more_services=[COORDINATOR_SERVICE],
+                    on_ready=announce,
+                )
+            )
+            await self._follow(serving, coordinator, shutdown)
+        return stop_code(shutdown.signal)
+
+    async def _follow(
+        self, serving: asyncio.Task[None], coordinator: Coordinator, shutdown: Shutdown
+    ) -> None:
+        """Until it has ended; also where the first engine of all cannot be had."""
+        either: set[asyncio.Future[Any]] = {serving, coordinator.failed}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not coordinator.failed.done():
+            await serving
+            return
+        shutdown.request()
+        await serving
+        failed = coordinator.failed.result()
+        code = ExitCode(failed.code) if failed.code in set(ExitCode) else ExitCode.RUNTIME
+        raise CommandError(f"engine 0: {failed}", code)
+
+    def _launcher(self, port: int) -> LocalLauncher:
+        return LocalLauncher(
+            [*self._command, "--join", reachable(self._listen.host, port)],
+            threads=self._threads,
+            gpus=self._gpus,
+            on_phase=self._show_phase,
+            on_log=lambda instance_id, line: note(f"[engine {instance_id}] {line}"),
+        )
+
+    def _coordinator(self, launcher: LocalLauncher, resources: ExitStack) -> Coordinator:
+        event_log = None
+        if self._fleet.event_log is not None:
+            try:
+                event_log = resources.enter_context(EventLog(self._fleet.event_log))
+            except OSError as error:
+                raise CommandError(
+                    f"cannot write the event log {self._fleet.event_log}: {error.strerror}", ExitCode.USAGE
+                ) from error
+        return Coordinator(
+            self._fleet.policy,
+            self._fleet.config,
+            launcher,
+            initial_engines=self._fleet.initial_engines,
+            event_log=event_log,
+        )
+
+    def _phases_of(self, instance_id: int) -> LoadPhases:
+        live = self._fleet.config.max_gpus == 1
+        return self._phases.setdefault(instance_id, LoadPhases(f"engine {instance_id}", live=live))
+
+    def _show_phase(self, instance_id: int, phase: LoadPhase) -> None:
+        self._phases_of(instance_id)(phase.phase, phase.fraction)
