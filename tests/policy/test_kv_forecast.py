@@ -24,9 +24,16 @@ def simulated_peak(requests: list[tuple[int, int]]) -> int:
 lengths = st.tuples(st.integers(1, 50), st.integers(0, 30))
 
 
-def requests_of(pairs: list[tuple[int, int]]) -> tuple[list[Request], dict[Request, int]]:
+class ToCome(dict[Request, int]):
+    """Predictions that do not depend on the step."""
+
+    def __call__(self, request: Request, step: int) -> int:
+        return self[request]
+
+
+def requests_of(pairs: list[tuple[int, int]]) -> tuple[list[Request], ToCome]:
     made = [make_request(number, now, 1000) for number, (now, _) in enumerate(pairs)]
-    return made, {request: left for request, (_, left) in zip(made, pairs, strict=True)}
+    return made, ToCome({request: left for request, (_, left) in zip(made, pairs, strict=True)})
 
 
 @given(running=st.lists(lengths, max_size=12), newcomer=lengths, step=st.integers(0, 500))
@@ -35,10 +42,10 @@ def test_the_forecast_equals_stepping_to_the_end(
 ) -> None:
     (new, *others), left = requests_of([newcomer, *running])
     peak = simulated_peak([newcomer, *running])
-    forecast = KvForecast(block_size=1)
+    forecast = KvForecast(block_size=1, remaining=left)
     table = dict.fromkeys(others)
-    assert forecast.fits(new, table, step, peak, left.__getitem__)
-    assert not forecast.fits(new, table, step, peak - 1, left.__getitem__)
+    assert forecast.fits(new, table, step, peak)
+    assert not forecast.fits(new, table, step, peak - 1)
 
 
 @given(
@@ -55,42 +62,42 @@ def test_joining_and_leaving_equal_a_new_forecast(
 ) -> None:
     (new, *others), left = requests_of([probe, *running, *newcomers])
     first, later = others[: len(running)], others[len(running) :]
-    forecast = KvForecast(block_size=4)
-    forecast.fits(new, dict.fromkeys(first), 7, 1000, left.__getitem__)
+    forecast = KvForecast(block_size=4, remaining=left)
+    forecast.fits(new, dict.fromkeys(first), 7, 1000)
     for request in later:
-        forecast.join(request, 7, left.__getitem__)
+        forecast.join(request, 7)
     stay = [r for number, r in enumerate(others) if number not in leaving]
     for number, request in enumerate(others):
         if number in leaving:
             forecast.leave(request)
     for capacity in range(0, 900, 7):
         table = dict.fromkeys(stay)
-        fresh = KvForecast(block_size=4).fits(new, table, 7, capacity, left.__getitem__)
-        assert forecast.fits(new, table, 7, capacity, left.__getitem__) == fresh
+        fresh = KvForecast(block_size=4, remaining=left).fits(new, table, 7, capacity)
+        assert forecast.fits(new, table, 7, capacity) == fresh
 
 
 def test_every_request_may_waste_part_of_a_block() -> None:
     (new, other), left = requests_of([(10, 5), (10, 5)])
-    forecast = KvForecast(block_size=16)
-    assert forecast.fits(new, {other: None}, 0, 2 * (15 + 15), left.__getitem__)
-    assert not forecast.fits(new, {other: None}, 0, 2 * (15 + 15) - 1, left.__getitem__)
+    forecast = KvForecast(block_size=16, remaining=left)
+    assert forecast.fits(new, {other: None}, 0, 2 * (15 + 15))
+    assert not forecast.fits(new, {other: None}, 0, 2 * (15 + 15) - 1)
 
 
 def test_one_that_outlives_its_prediction_gets_another() -> None:
-    (new, other), _ = requests_of([(10, 5), (10, 5)])
-    forecast = KvForecast(block_size=1)
+    (new, other), left = requests_of([(10, 5), (10, 5)])
+    forecast = KvForecast(block_size=1, remaining=left)
     table = {other: None}
-    assert forecast.fits(new, table, 0, 2 * 15, lambda r: 5)
+    assert forecast.fits(new, table, 0, 2 * 15)
     other.decode_since = 0
-    assert not forecast.fits(new, table, 6, 2 * 15, lambda r: 5), "it holds 16 and will hold 21 beside 15"
-    assert forecast.fits(new, table, 6, 21 + 15, lambda r: 5)
+    assert not forecast.fits(new, table, 6, 2 * 15), "it holds 16 and will hold 21 beside 15"
+    assert forecast.fits(new, table, 6, 21 + 15)
 
 
 def test_predictions_are_renewed_after_a_while() -> None:
     (new, other), left = requests_of([(10, 5), (10, 3 * KEEP_STEPS)])
-    forecast = KvForecast(block_size=1)
-    assert not forecast.fits(new, {other: None}, 0, 100, left.__getitem__)
+    forecast = KvForecast(block_size=1, remaining=left)
+    assert not forecast.fits(new, {other: None}, 0, 100)
     left[other] = 5
     other.decode_since = 0
-    assert not forecast.fits(new, {other: None}, KEEP_STEPS - 1, 150, left.__getitem__)
-    assert forecast.fits(new, {other: None}, KEEP_STEPS, 150, left.__getitem__)
+    assert not forecast.fits(new, {other: None}, KEEP_STEPS - 1, 150)
+    assert forecast.fits(new, {other: None}, KEEP_STEPS, 150)

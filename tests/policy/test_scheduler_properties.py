@@ -210,9 +210,10 @@ class EngineMachine(RuleBasedStateMachine):
         load = self.core.load()
         assert (load.free_blocks, load.free_host_blocks) == (load.total_blocks, load.total_host_blocks)
         scheduler = self.core.scheduler
-        assert (scheduler._promised_blocks, scheduler.num_running_batch, scheduler.queued_tokens) == (0, 0, 0)
+        assert (scheduler.num_running_batch, scheduler.queued_tokens) == (0, 0)
         assert scheduler.num_requests == [0, 0]
-        assert scheduler._decodes.is_idle() and len(scheduler._free_slots) == SLOTS
+        assert scheduler._decodes.is_idle() and scheduler._prefills.is_idle() and scheduler._kv.is_idle()
+        assert len(scheduler._free_slots) == SLOTS
         assert sorted([*self.finished, *self.gone]) == sorted(self.requests)
         for number, request in self.finished.items():
             self.check_output(number, request)

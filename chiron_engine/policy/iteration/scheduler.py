@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from .blocks import OutOfBlocks
 from .decodes import Decodes
-from .kv_forecast import KvForecast
+from .kv_admission import KvAdmission
 from .kv_tiers import KvTiers, Placement
 from .limits import Limits
 from .output_lengths import OutputLengths
-from .plan import Chunk, Grown, Joined, StepOutput, StepPlan, StepResult
+from .plan import Grown, Joined, StepOutput, StepPlan, StepResult
+from .prefills import Prefills
 from .request import FinishReason, Request, RequestState, SloClass
+from .step_outcome import ENDED, outcome
 from .waiting_queue import WaitingQueue, priority
 
-WATERMARK = 0.01
-"""Share of the device's blocks that a newcomer must leave free, for those that run to grow into."""
 MAX_EVICTIONS = 3
 """How often in one stay on an engine a batch request gives way to an interactive one that wants its
 place, so that it gets on; lower limits, and blocks that run short, take it all the same."""
-ENDED = (RequestState.FINISHED, RequestState.LEFT)
 
 
 class Scheduler:
@@ -58,18 +57,13 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
-        self._watermark = int(tiers.device.num_blocks * WATERMARK)
         self._decodes = Decodes(tiers.block_size)
-        self._forecast = KvForecast(tiers.block_size)
-        # By class: requests whose known tokens are not all computed, in order of joining, and how
-        # many tokens those are in all.
-        self._prefilling: list[dict[Request, None]] = [{} for _ in SloClass]
-        self._prefill_left = [0] * len(SloClass)
+        self._prefills = Prefills(tiers)
+        self._kv = KvAdmission(tiers, self.output_lengths)
         self._first_tokens: list[tuple[float, int, Request]] = []
         self._num_added = 0
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._left: list[int] = []
-        self._promised_blocks = 0
         self.num_running_batch = 0
         self._head_is_blocked = False
 
@@ -81,12 +75,12 @@ class Scheduler:
     def queued_tokens(self) -> int:
         """Known tokens that waiting and running requests have yet to compute, found blocks not
         taken off for those that wait."""
-        return self.waiting.num_tokens + sum(self._prefill_left)
+        return self.waiting.num_tokens + sum(self._prefills.tokens_left)
 
     @property
     def queued_interactive_tokens(self) -> int:
         """Those of them that interactive requests have."""
-        return self.waiting.num_interactive_tokens + self._prefill_left[SloClass.INTERACTIVE]
+        return self.waiting.num_interactive_tokens + self._prefills.tokens_left[SloClass.INTERACTIVE]
 
     def first_token_due(self) -> float:
         """When the most urgent interactive request without a first token is to have one; infinite
@@ -150,12 +144,17 @@ class Scheduler:
         self.limits = limits
         self._head_is_blocked = False
 
-    # Planning, in order: shrink, grow what decodes, admit, advance prompts, fix the decode batch.
+    # Planning.
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next step, or None when there is nothing to do."""
+        """The next step, or None when there is nothing to do.
+
+        Running requests come first: their tables grow, if need be at the cost of others. Waiting ones
+        join as far as places, token budget and KV allow. Then what the decodes leave of the budget
+        goes to prompts, those that have just joined included.
+        """
         plan = StepPlan(self.step, left=self._left)
-        decodes = self._decodes
+        decodes, prefills = self._decodes, self._prefills
         if self.limits.shrink == "preempt":
             self._shrink(plan)
         due = decodes.growing(self.step)
@@ -163,21 +162,33 @@ class Scheduler:
             self._grow(due, plan)
         if self.waiting and not self._head_is_blocked:
             self._admit(plan, now)
-        if any(self._prefill_left):
-            self._advance_prompts(plan)
+        if any(prefills.tokens_left):
+            prefills.advance(self.limits.token_budget - len(decodes.requests), plan)
         if decodes.requests:
             plan.decode = decodes.batch()
             plan.decode_context = decodes.context
-            decodes.context += len(decodes.requests)
         if plan.is_empty:
             return None
+        self._advance(plan)
+        return plan
+
+    def _advance(self, plan: StepPlan) -> None:
+        """Count as if the step had run: who decoded its last token by length, and who decodes from
+        the next step on."""
+        decodes = self._decodes
+        decodes.context += len(decodes.requests)
         self.tiers.settle()
         self._left = []
         self.step += 1
         plan.final = decodes.stop_at_length(plan.step)
-        if plan.chunks:
-            self._start_decoding(plan)
-        return plan
+        if not plan.chunks:
+            return
+        for request in self._prefills.take_complete(plan):
+            request.num_planned_outputs += 1
+            if request.num_planned_outputs == request.max_tokens:
+                plan.final.append(request)
+            else:
+                decodes.start(request, self.step)
 
     def _shrink(self, plan: StepPlan) -> None:
         while len(self.running) > self.limits.max_running:
@@ -211,8 +222,9 @@ class Scheduler:
             return
 
     def _admit(self, plan: StepPlan, now: float) -> None:
-        """Move waiting requests to slots, in order, while prompt budget is left for them. A head
-        that does not fit blocks those behind it until something changes, so nothing starves."""
+        """Move waiting requests to slots, in order, while prompt budget is left for them, evicting batch
+        ones for interactive ones. A head that does not fit blocks those behind it until something
+        changes, so nothing starves."""
         while (head := self.waiting.head) is not None and self._prompt_budget(head.slo.slo_class) > 0:
             # A request evicted by this plan may have a token under way: it returns in a later one.
             if head in plan.preempted:
@@ -230,35 +242,17 @@ class Scheduler:
 
     def _prompt_budget(self, slo_class: SloClass) -> int:
         """Tokens of this step that the prompts under way leave to a newcomer of this class."""
-        ahead = self._prefill_left[SloClass.INTERACTIVE]
-        if slo_class is SloClass.BATCH:
-            ahead += self._prefill_left[SloClass.BATCH]
+        ahead = self._prefills.ahead_of(slo_class)
         return self.limits.token_budget - len(self._decodes.requests) - ahead
 
     def _fits(self, request: Request, known: int, placement: Placement) -> bool:
-        """A slot is free, the blocks are there with some to spare, and so is the predicted peak."""
+        """A slot is free, and the KV cache has room."""
         if len(self.running) >= self.limits.max_running or not self._free_slots:
             return False
-        request.promised_blocks = self.tiers.blocks_for(known + self._tokens_to_come(request))
-        spare = self.tiers.device.num_free - placement.free_needed
-        if not self.running:
-            return spare >= 0
-        if spare < self._watermark:
-            return False
-        capacity = self.tiers.device.num_blocks
-        if self._promised_blocks + request.promised_blocks <= capacity:
-            return True
-        tokens = capacity * self.tiers.block_size
-        return self._forecast.fits(request, self.running, self.step, tokens, self._tokens_to_come)
-
-    def _tokens_to_come(self, request: Request) -> int:
-        produced = request.outputs_at(self.step)
-        return self.output_lengths.remaining(produced, request.max_tokens - produced)
+        return self._kv.fits(request, known, placement, self.running, self.step)
 
     def _join(self, request: Request, placement: Placement, known: int, plan: StepPlan, now: float) -> None:
-        slo_class = request.slo.slo_class
-        self._promised_blocks += request.promised_blocks
-        self.num_running_batch += slo_class is SloClass.BATCH
+        self.num_running_batch += request.slo.slo_class is SloClass.BATCH
         plan.copies_in += self.tiers.enter(request, placement)
         computed = (len(placement.device) + len(placement.host)) * self.tiers.block_size
         if request.first_scheduled is None:
@@ -270,51 +264,10 @@ class Scheduler:
         request.slot = self._free_slots.pop()
         request.state = RequestState.RUNNING
         self.running[request] = None
-        self._forecast.join(request, self.step, self._tokens_to_come)
-        self._prefilling[slo_class][request] = None
-        self._prefill_left[slo_class] += known - computed
+        self._kv.join(request, self.step)
+        self._prefills.start(request, known)
         tokens = [*request.prompt_ids, *request.output_ids] if request.output_ids else request.prompt_ids
         plan.joined.append(Joined(request.slot, request, tokens, computed, list(request.blocks)))
-
-    def _advance_prompts(self, plan: StepPlan) -> None:
-        """Spend what the decodes leave of the budget on known tokens: interactive requests first,
-        within a class in order of joining."""
-        budget = self.limits.token_budget - len(self._decodes.requests)
-        for slo_class, prefilling in enumerate(self._prefilling):
-            if not prefilling or budget <= 0:
-                continue
-            before = budget
-            for request in prefilling:
-                if budget <= 0:
-                    break
-                budget -= self._advance(request, budget, plan)
-            self._prefill_left[slo_class] -= before - budget
-
-    def _advance(self, request: Request, budget: int, plan: StepPlan) -> int:
-        """Plan the next chunk, of at most `budget` tokens; returns how many."""
-        known = request.tokens_at(self.step)
-        start = request.num_computed
-        count = min(known - start, budget)
-        end = start + count
-        request.num_computed = end
-        self.tiers.seal(request, start, end)
-        plan.chunks.append(Chunk(request.slot, start, count, samples=end == known))
-        plan.chunk_requests.append(request)
-        plan.prefill_tokens += count
-        plan.prefill_context += count * end
-        return count
-
-    def _start_decoding(self, plan: StepPlan) -> None:
-        """Requests whose chunk samples in this plan decode from the next step on."""
-        for chunk, request in zip(plan.chunks, plan.chunk_requests, strict=True):
-            if not chunk.samples:
-                continue
-            del self._prefilling[request.slo.slo_class][request]
-            request.num_planned_outputs += 1
-            if request.num_planned_outputs == request.max_tokens:
-                plan.final.append(request)
-            else:
-                self._decodes.start(request, self.step)
 
     # Steps in which nobody comes or goes, without plans.
 
@@ -359,8 +312,7 @@ class Scheduler:
 
     def _active(self) -> Iterator[Request]:
         yield from self._decodes.requests
-        for prefilling in self._prefilling:
-            yield from prefilling
+        yield from self._prefills
 
     def _victim_for(self, head: Request) -> Request | None:
         """A batch request to evict for an interactive one; the same one only so many times."""
@@ -414,16 +366,13 @@ class Scheduler:
             self.tiers.seal(request, max(0, computed - self.tiers.block_size), computed)
 
     def _give_back_slot(self, request: Request) -> None:
-        slo_class = request.slo.slo_class
         if request in self._decodes:
             self._decodes.stop(request, self.step)
-        elif request in self._prefilling[slo_class]:
-            del self._prefilling[slo_class][request]
-            self._prefill_left[slo_class] -= request.tokens_at(self.step) - request.num_computed
+        elif request in self._prefills:
+            self._prefills.stop(request, self.step)
         del self.running[request]
-        self._forecast.leave(request)
-        self._promised_blocks -= request.promised_blocks
-        self.num_running_batch -= slo_class is SloClass.BATCH
+        self._kv.leave(request)
+        self.num_running_batch -= request.slo.slo_class is SloClass.BATCH
         self._left.append(request.slot)
         self._free_slots.append(request.slot)
         request.slot = -1
@@ -433,59 +382,9 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepOutput:
         """Take in the tokens of the oldest step under way, and end the requests they complete."""
-        requests = plan.decode.requests
-        if plan.chunks:
-            sampled = [r for c, r in zip(plan.chunks, plan.chunk_requests, strict=True) if c.samples]
-            requests = (*requests, *sampled)
-            for request in sampled:
-                if request.first_token is None and request.state is not RequestState.LEFT:
-                    request.first_token = now
-        output = StepOutput(plan.step, requests, result.tokens)
-        if result.tokens is not None:
-            output.finished = self._append(output)
-        elif result.stopped:
-            output.finished = self._stop(result.stopped, plan.step)
-        if plan.final:
-            output.finished += self._end_by_length(plan.final)
-        return output
-
-    def _append(self, output: StepOutput) -> list[Request]:
-        """Append each request's token and end those that it stops. A request that ended or left
-        after this step was planned takes no more tokens."""
-        stopped = []
-        stale = False
-        assert output.tokens is not None
-        for request, token in zip(output.requests, output.tokens, strict=True):
-            if request.state in ENDED:
-                stale = True
-                continue
-            request.output_ids.append(token)
-            if token in request.stop_ids:
-                stopped.append(request)
-        if stale:
-            self._drop_stale(output)
-        for request in stopped:
-            self._finish(request, FinishReason.STOP, len(request.output_ids))
-        return stopped
-
-    def _stop(self, named: Sequence[Request], step: int) -> list[Request]:
-        """End the requests that an executor without token values says `step` stopped."""
-        stopped = [request for request in named if request.state not in ENDED]
-        for request in stopped:
-            produced = request.outputs_at(step + 1)
-            self._finish(request, FinishReason.STOP, produced)
+        output, ended = outcome(plan, result, now)
+        for request, reason, produced in ended:
+            self._finish(request, reason, produced)
+            # Steps planned further ahead bring it nothing.
             request.num_planned_outputs = produced
-        return stopped
-
-    def _end_by_length(self, final: list[Request]) -> list[Request]:
-        ended = [request for request in final if request.state not in ENDED]
-        for request in ended:
-            self._finish(request, FinishReason.LENGTH, request.max_tokens)
-        return ended
-
-    @staticmethod
-    def _drop_stale(output: StepOutput) -> None:
-        assert output.tokens is not None
-        live = [(r, t) for r, t in zip(output.requests, output.tokens, strict=True) if r.state not in ENDED]
-        output.requests = tuple(r for r, _ in live)
-        output.tokens = [t for _, t in live]
+        return output

@@ -1,0 +1,67 @@
+"""What a step brought once its result is there: tokens, and who ends with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .plan import StepOutput, StepPlan, StepResult
+from .request import FinishReason, Request, RequestState
+
+ENDED = (RequestState.FINISHED, RequestState.LEFT)
+
+
+Ending = tuple[Request, FinishReason, int]
+"""Who ends, why, and with how many output tokens in all."""
+
+
+def outcome(plan: StepPlan, result: StepResult, now: float) -> tuple[StepOutput, list[Ending]]:
+    """Take in the tokens of a step. A request that ended or left after the step was planned takes no
+    more of them."""
+    requests: Sequence[Request] = plan.decode.requests
+    if plan.chunks:
+        sampled = [r for c, r in zip(plan.chunks, plan.chunk_requests, strict=True) if c.samples]
+        requests = (*requests, *sampled)
+        for request in sampled:
+            if request.first_token is None and request.state is not RequestState.LEFT:
+                request.first_token = now
+    output = StepOutput(plan.step, requests, result.tokens)
+    ended: list[Ending] = []
+    if result.tokens is not None:
+        ended = _append(output, result.tokens)
+    elif result.stopped:
+        ended = _named(result.stopped, plan.step)
+    if plan.final:
+        ended += _final(plan.final, ended)
+    output.finished = [ending[0] for ending in ended]
+    return output, ended
+
+
+def _append(output: StepOutput, tokens: Sequence[int]) -> list[Ending]:
+    """Append each request's token; returns those that it stops."""
+    stopped: list[Ending] = []
+    stale = False
+    for request, token in zip(output.requests, tokens, strict=True):
+        if request.state in ENDED:
+            stale = True
+            continue
+        request.output_ids.append(token)
+        if token in request.stop_ids:
+            stopped.append((request, FinishReason.STOP, len(request.output_ids)))
+    if stale:
+        live = [(r, t) for r, t in zip(output.requests, tokens, strict=True) if r.state not in ENDED]
+        output.requests = tuple(r for r, _ in live)
+        output.tokens = [t for _, t in live]
+    return stopped
+
+
+def _named(stopped: Sequence[Request], step: int) -> list[Ending]:
+    """Those that an executor without token values says `step` stopped."""
+    live = [request for request in stopped if request.state not in ENDED]
+    return [(request, FinishReason.STOP, request.outputs_at(step + 1)) for request in live]
+
+
+def _final(final: Sequence[Request], stopped: Sequence[Ending]) -> list[Ending]:
+    """Those at max_tokens whose last token does not stop them as well."""
+    already = [ending[0] for ending in stopped]
+    live = [request for request in final if request.state not in ENDED and request not in already]
+    return [(request, FinishReason.LENGTH, request.max_tokens) for request in live]
