@@ -82,7 +82,7 @@ def test_b_that_the_engine_does_not_obey_does_not_walk_down(
 class LatencyOnlyAutoscaler(PaperLiteralAutoscaler):
     """The printed rule without its TBP term, which some leave out."""
 
-    def _tbp(self, interval: Interval) -> float:
+    def _counted_tbp(self, interval: Interval) -> float:
         return 0.0
 
 

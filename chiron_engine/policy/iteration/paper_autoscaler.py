@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from .autoscaler_inputs import EngineCapacity, ItlTargets
 from .limits import Limits, Shrink
-from .step_costs import StepCosts
 from .step_stats import StepStats
 
 ALPHA = 0.5
@@ -85,7 +84,6 @@ class PaperLiteralAutoscaler:
         """B, unclipped."""
         self.latency_backpressure = 0.0
         self.throughput_backpressure = 0.0
-        self.costs: StepCosts | None = None
         self._serves_interactive = False
         self.limits = self._limits()
 
@@ -110,7 +108,8 @@ class PaperLiteralAutoscaler:
 
     def _end_interval(self, interval: Interval) -> None:
         self._measure(interval)
-        self.batch_size = min(self._next_b(max(self.latency_backpressure, self._tbp(interval))), MOST_B)
+        bp = max(self.latency_backpressure, self._counted_tbp(interval))
+        self.batch_size = min(self._next_b(bp), MOST_B)
 
     def _measure(self, interval: Interval) -> None:
         """LBP and TBP of the interval that ends."""
@@ -119,8 +118,8 @@ class PaperLiteralAutoscaler:
         # Nothing came before the first interval: it neither rose nor fell.
         self.throughput_backpressure = before / interval.throughput if before is not None else 0.0
 
-    def _tbp(self, interval: Interval) -> float:
-        """TBP as far as it counts: as printed, always."""
+    def _counted_tbp(self, interval: Interval) -> float:
+        """TBP where it counts, else 0: as printed, it always does."""
         return self.throughput_backpressure
 
     def _next_b(self, bp: float) -> float:
@@ -160,11 +159,13 @@ class PaperAutoscaler(PaperLiteralAutoscaler):
     def __init__(
         self, capacity: EngineCapacity, targets: ItlTargets, token_budget: int | None = None
     ) -> None:
-        self._was_raised = False
-        self._is_same = False
-        self._noise = FIRST_NOISE
-        self._other_b = INITIAL_B
         super().__init__(capacity, targets, token_budget)
+        self._noise = FIRST_NOISE
+        self._b_rose = False
+        self._b_stayed = False
+        """What the last interval did to B, in whole requests."""
+        self._other_b = INITIAL_B
+        """B of the ITL target that is not in force."""
 
     def on_step(self, stats: StepStats, now: float) -> Limits | None:
         if self._serves_interactive and not (stats.interactive_requests or stats.itl_interactive):
@@ -185,21 +186,21 @@ class PaperAutoscaler(PaperLiteralAutoscaler):
         self.batch_size, self._other_b = self._other_b, self.batch_size
         self._interval = Interval()
         self._throughput_before = None
-        self._was_raised = self._is_same = False
+        self._b_rose = self._b_stayed = False
 
     def _end_interval(self, interval: Interval) -> None:
         b = int(self.batch_size)
         super()._end_interval(interval)
         fits = self._capacity.kv_capacity_tokens / interval.kv_per_request
         self.batch_size = max(1.0, min(self.batch_size, fits, self._capacity.max_slots))
-        self._was_raised = int(self.batch_size) > b
-        self._is_same = int(self.batch_size) == b
+        self._b_rose = int(self.batch_size) > b
+        self._b_stayed = int(self.batch_size) == b
 
-    def _tbp(self, interval: Interval) -> float:
+    def _counted_tbp(self, interval: Interval) -> float:
         tbp = self.throughput_backpressure
-        if self._is_same and tbp and interval.was_full:
+        if self._b_stayed and tbp and interval.was_full:
             self._noise += NOISE_SMOOTHING * (abs(tbp - 1.0) - self._noise)
-        counts = self._was_raised and interval.was_full and tbp > 1.0 + NOISE_DEVIATIONS * self._noise
+        counts = self._b_rose and interval.was_full and tbp > 1.0 + NOISE_DEVIATIONS * self._noise
         return tbp if counts else 0.0
 
     @property
