@@ -50,8 +50,8 @@ class Measured:
     errors: dict[str, int]
 
 
-def measure(workload: Workload, log: RequestLog) -> Measured | None:
-    """None where nothing was sent."""
+def measure(workload: Workload, log: RequestLog, wall_s: float) -> Measured | None:
+    """None where nothing was sent. wall_s: how long the run took."""
     sent_workload, kept = _sent(workload, log)
     if sent_workload is None:
         return None
@@ -68,9 +68,8 @@ def measure(workload: Workload, log: RequestLog) -> Measured | None:
         served=_column("i", np.asarray(log.outcome)[kept] == Outcome.FINISHED),
         output_tokens=_column("i", np.asarray(log.output_tokens)[kept]),
     )
-    last_end = np.nanmax(log.ended_s) if np.isfinite(log.ended_s).any() else np.nanmax(log.sent_s)
     return Measured(
-        result=RunResult(sent_workload, columns, [], [], ItlHistogram(), end_s=float(last_end)),
+        result=RunResult(sent_workload, columns, [], [], ItlHistogram(), end_s=wall_s),
         gaps={stream.slo_class: chunks.gaps(stream) for stream in sent_workload.streams},
         lag_s=(np.asarray(log.sent_s) - np.asarray(log.due_s))[kept],
         ended_s=np.asarray(log.ended_s)[kept],

@@ -19,15 +19,15 @@ LAG_WARNING_MS = 10.0
 BUSY_WARNING = 0.8
 
 
-def bench_summary(measured: Measured, *, wall_s: float, cpu_s: float, **more: Any) -> dict[str, Any]:
+def bench_summary(measured: Measured, *, cpu_s: float, **more: Any) -> dict[str, Any]:
     """The keys that `chiron simulate` writes too, and those of a client's view; None where a class has
     no requests. What only a server knows, as instances and GPU-hours, is left out. `more` is appended.
 
-    wall_s: start to last end. cpu_s: of this process in that time.
+    cpu_s: of this process during the run.
     """
-    result = measured.result
+    result, wall_s = measured.result, measured.result.end_s
     streams = result.workload.streams
-    classes = {stream.slo_class.name.lower(): class_figures(measured, stream, wall_s) for stream in streams}
+    classes = {stream.slo_class.name.lower(): class_figures(measured, stream) for stream in streams}
     interactive = measured.gaps.get(SloClass.INTERACTIVE)
     figures = {
         "trace": {s.slo_class.name.lower(): s.trace.name for s in streams},
@@ -56,10 +56,10 @@ def bench_summary(measured: Measured, *, wall_s: float, cpu_s: float, **more: An
     return {key: rounded(value) for key, value in figures.items()}
 
 
-def class_figures(measured: Measured, stream: Stream, wall_s: float) -> dict[str, Any]:
+def class_figures(measured: Measured, stream: Stream) -> dict[str, Any]:
     """Of one class, over the requests of it that were sent. Latencies of those that finished or got
     as far; e2e_s of those that finished."""
-    columns = measured.result.requests
+    columns, wall_s = measured.result.requests, measured.result.end_s
     outcome = rows(columns.outcome, stream)
     sent_s = np.asarray(stream.trace.arrival_s)
     finished, stopped = outcome == Outcome.FINISHED, np.isnan(rows(measured.ended_s, stream))

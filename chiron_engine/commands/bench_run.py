@@ -111,7 +111,7 @@ async def _run(address: str, asked: Workload, options: Mapping[str, Any]) -> Ben
         with _interruptible() as stop, _progress(address, workload) as progress:
             completed = await replay.run(stop, progress)
         cpu_s = time.process_time() - cpu_s
-    measured = measure(workload, replay.log)
+    measured = measure(workload, replay.log, replay.wall_s)
     lines = [f"{info.name} at {address}, {info.engines} engine{'s' * (info.engines != 1)}"]
     lines += [describe_stream(stream) for stream in workload.streams]
     if measured is None:
@@ -120,7 +120,7 @@ async def _run(address: str, asked: Workload, options: Mapping[str, Any]) -> Ben
         sent, wall_s = measured.result.workload.num_requests, replay.wall_s
         lines.append(f"interrupted after {wall_s:.1f} s: {sent:,} of {workload.num_requests:,} requests sent")
     record = _record(address, info, workload, clipped, options)
-    summary = bench_summary(measured, wall_s=replay.wall_s, cpu_s=cpu_s, interrupted=not completed, **record)
+    summary = bench_summary(measured, cpu_s=cpu_s, interrupted=not completed, **record)
     return BenchRun(summary, measured, lines, interrupted=not completed)
 
 

@@ -41,7 +41,7 @@ def test_a_figure_is_written(tmp_path: Path, suffix: str, with_tokens: bool) -> 
     else:
         log.sent(0, 0.0, 0.0)
         log.failed(0, 0.1, "UNAVAILABLE", rejected=False)
-    found = measure(asked, log)
+    found = measure(asked, log, 1.0)
     assert found is not None
     path = tmp_path / f"run{suffix}"
     plot_bench(found, path, title="a run")
@@ -51,7 +51,7 @@ def test_a_figure_is_written(tmp_path: Path, suffix: str, with_tokens: bool) -> 
 
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
-    found = measure(workload(trace([0.0], [5], [1])), one_request())
+    found = measure(workload(trace([0.0], [5], [1])), one_request(), 1.0)
     assert found is not None
     with pytest.raises(ValueError, match="must end in one of"):
         plot_bench(found, tmp_path / "run.txt", title="a run")
@@ -61,3 +61,17 @@ def one_request() -> RequestLog:
     log = RequestLog(1)
     served(log, 0, 0.0, 0.0, [0.1])
     return log
+
+
+def test_a_stopped_run_is_drawn_to_its_end() -> None:
+    """Also what came after the last request that ended."""
+    log = RequestLog(2)
+    served(log, 0, 0.0, 0.0, [0.1])
+    log.sent(1, 0.0, 0.0)
+    log.tokens(1, 5.0, 1)
+    found = measure(workload(trace([0.0, 0.0], [5, 5], [1, 9])), log, 6.0)
+    assert found is not None
+    assert found.result.end_s == 6.0
+    times, counts = open_at(np.array([0.0, 0.0]), found.ended_s, found.result.end_s)
+    assert times[-1] == 6.0
+    assert counts.tolist()[-2:] == [1.0, 0.0]

@@ -27,7 +27,7 @@ def measured_of(interactive: list[list[float]]) -> Measured:
     log = RequestLog(len(interactive))
     for request, tokens in enumerate(interactive):
         served(log, request, 0.0, 0.0, tokens)
-    found = measure(asked, log)
+    found = measure(asked, log, 1.0)
     assert found is not None
     return found
 
@@ -59,9 +59,9 @@ def test_times_count_from_sending_and_lag_is_told() -> None:
     log = RequestLog(2)
     served(log, 0, 1.0, 1.0, [1.5])
     served(log, 1, 2.0, 2.5, [3.25])
-    found = measure(asked, log)
+    found = measure(asked, log, 4.0)
     assert found is not None
-    figures = bench_summary(found, wall_s=4.0, cpu_s=0.1, clipped={"prompts": 0, "outputs": 0})
+    figures = bench_summary(found, cpu_s=0.1, clipped={"prompts": 0, "outputs": 0})
     assert figures["ttft_s"] == {"p50": 0.625, "p99": 0.7475}
     assert figures["lag_ms"] == {"p50": 250.0, "p99": 495.0, "max": 500.0}
     (warning,) = warnings(figures)
@@ -79,9 +79,9 @@ def test_what_failed_counts_as_missed_and_is_told_by_kind() -> None:
     log.failed(2, 0.2, "UNAVAILABLE", rejected=False)
     log.sent(3, 0.0, 0.0)  # was running when the run was stopped
     served(log, 4, 0.0, 0.0, [2.5])  # late: due 2 s after it was sent
-    found = measure(asked, log)
+    found = measure(asked, log, 2.0)
     assert found is not None
-    figures = bench_summary(found, wall_s=2.0, cpu_s=0.1)
+    figures = bench_summary(found, cpu_s=0.1)
     assert figures["requests"] == 5  # the last batch request was never sent
     assert figures["requests_by_class"] == {"interactive": 4, "batch": 1}
     counts = {key: figures[key] for key in ("finished", "rejected", "lost", "stopped")}
@@ -99,23 +99,23 @@ def test_without_tokens_there_are_no_latencies() -> None:
     log = RequestLog(1)
     log.sent(0, 0.0, 0.0)
     log.failed(0, 0.1, "UNAVAILABLE", rejected=False)
-    found = measure(asked, log)
+    found = measure(asked, log, 1.0)
     assert found is not None
-    figures = bench_summary(found, wall_s=1.0, cpu_s=0.0)
+    figures = bench_summary(found, cpu_s=0.0)
     assert figures["ttft_s"] == figures["itl_ms"] == {"p50": None, "p99": None}
     assert math.isnan(found.result.requests.first_token_s[0])
 
 
 def test_a_busy_generator_is_told() -> None:
-    figures = bench_summary(measured_of([[0.1, 0.2]]), wall_s=1.0, cpu_s=0.9)
+    figures = bench_summary(measured_of([[0.1, 0.2]]), cpu_s=0.9)
     (warning,) = warnings(figures)
     assert "busy for 90%" in warning
 
 
 def test_nothing_sent_gives_nothing() -> None:
-    assert measure(workload(trace([0.0], [5], [2])), RequestLog(1)) is None
+    assert measure(workload(trace([0.0], [5], [2])), RequestLog(1), 1.0) is None
 
 
 @pytest.mark.parametrize("key", ["gpu_hours", "peak_instances", "lower_bound_gpu_hours", "policy"])
 def test_what_only_the_server_knows_is_left_out(key: str) -> None:
-    assert key not in bench_summary(measured_of([[0.1]]), wall_s=1.0, cpu_s=0.0)
+    assert key not in bench_summary(measured_of([[0.1]]), cpu_s=0.0)
