@@ -27,12 +27,12 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         first = await anext(reports, None)
         if first is None or first.WhichOneof("report") != "register":
             raise invalid_argument("the first report of an engine must be a Register")
-        engine = self._coordinator.joined(first.register)
+        engine = self._coordinator.roster.joined(first.register)
         sender = asyncio.create_task(_send_orders(engine, context))
         try:
             async for report in reports:
                 if report.WhichOneof("report") == "telemetry":
-                    self._coordinator.reported(engine, report.telemetry)
+                    self._coordinator.roster.reported(engine, report.telemetry)
         finally:
             sender.cancel()
 

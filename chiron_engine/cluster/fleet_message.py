@@ -15,10 +15,10 @@ def fleet_message(coordinator: Coordinator) -> coordinator_pb2.Fleet:
     message = coordinator_pb2.Fleet(
         model=hello.model if hello is not None else "",
         uptime_s=now - coordinator.started_at,
-        instances=[_instance(coordinator, engine, now) for engine in coordinator.engines.values()],
+        instances=[_instance(coordinator, engine, now) for engine in coordinator.roster.engines.values()],
         max_devices=coordinator.config.max_gpus,
         min_instances=coordinator.config.min_instances,
-        trouble=coordinator.trouble,
+        trouble=coordinator.roster.trouble,
     )
     if coordinator.fleet is None:
         return message

@@ -95,14 +95,14 @@ class FleetService:
         self, serving: asyncio.Task[None], coordinator: Coordinator, shutdown: Shutdown
     ) -> None:
         """Until it has ended; also where the first engine of all cannot be had."""
-        either: set[asyncio.Future[Any]] = {serving, coordinator.failed}
+        either: set[asyncio.Future[Any]] = {serving, coordinator.roster.failed}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not coordinator.failed.done():
+        if not coordinator.roster.failed.done():
             await serving
             return
         shutdown.request()
         await serving
-        failed = coordinator.failed.result()
+        failed = coordinator.roster.failed.result()
         code = ExitCode(failed.code) if failed.code in set(ExitCode) else ExitCode.RUNTIME
         raise CommandError(f"engine 0: {failed}", code)
 

@@ -34,7 +34,7 @@ def test_two_engines_one_dies_the_other_serves_and_sigterm_ends_all(tiny_llama: 
         address = address_of(request)
         engines = server.engine_pids()
         assert len(engines) == 2
-        assert "[engine 0] load weights" in server.stderr
+        server.wait_for(r"\[engine 0\] load weights")
         server.wait_for(r"\[engine 1\] load weights")
         reference = json.loads(ask(address).stdout)
         assert len(reference["token_ids"]) == 4

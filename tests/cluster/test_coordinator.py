@@ -16,7 +16,7 @@ def test_one_engine_starts_and_serves() -> None:
         async with running_fleet(CONFIG) as fleet:
             assert await fleet.generate([1, 2, 3], 20) == expected([1, 2, 3], 20)
             assert fleet.launcher.launched == [0]
-            await fleet.wait_for(lambda: fleet.coordinator.engines[0].telemetry is not None)
+            await fleet.wait_for(lambda: fleet.coordinator.roster.engines[0].telemetry is not None)
 
     asyncio.run(check())
 
@@ -29,7 +29,7 @@ def test_a_batch_request_gives_way_and_goes_on_where_its_kv_is() -> None:
         launcher = InProcessLauncher(shape=shape)
         async with running_fleet(replace(CONFIG, max_gpus=1), launcher=launcher) as fleet:
             batch = [asyncio.create_task(fleet.generate([5, i], 200, batch=True, seed=i)) for i in range(8)]
-            await fleet.wait_for(lambda: len(fleet.coordinator.engines[0].streams) >= 3)
+            await fleet.wait_for(lambda: len(fleet.coordinator.roster.engines[0].streams) >= 3)
             await asyncio.sleep(0.3)
             prompts = [[7] * 100 + [i] for i in range(4)]
             answers = await asyncio.gather(*(fleet.generate(prompt, 60) for prompt in prompts))
@@ -46,7 +46,7 @@ def test_an_engine_that_ends_loses_no_request() -> None:
         async with running_fleet(CONFIG, policy="static:2", initial=2) as fleet:
             await fleet.wait_for(lambda: fleet.coordinator.num_ready == 2)
             streams = [asyncio.create_task(fleet.generate([3, i], 150, seed=i)) for i in range(12)]
-            await fleet.wait_for(lambda: len(fleet.coordinator.engines[0].streams) >= 3)
+            await fleet.wait_for(lambda: len(fleet.coordinator.roster.engines[0].streams) >= 3)
             await asyncio.sleep(0.2)
             await fleet.launcher.stop(0, 0.0)
             for i, tokens in enumerate(await asyncio.gather(*streams)):
