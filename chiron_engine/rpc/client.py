@@ -12,7 +12,15 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from .options import MAX_MESSAGE_BYTES, channel_options
-from .v1 import engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc, types_pb2
+from .v1 import (
+    coordinator_pb2,
+    coordinator_pb2_grpc,
+    engine_pb2,
+    engine_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    types_pb2,
+)
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ENGINE_SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
@@ -105,6 +113,34 @@ class EngineClient(_Client):
     def connect(self) -> grpc.aio.StreamStreamCall:
         """The bidirectional stream: write EngineCommand, read EngineEvent (the first is a Hello)."""
         return self.stub.Connect()
+
+
+class CoordinatorClient(_Client):
+    """What operators see and ask of a fleet. Calls raise grpc.aio.AioRpcError."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.stub = coordinator_pb2_grpc.CoordinatorStub(self.channel)
+
+    async def fleet(self, timeout: float | None = 5.0) -> coordinator_pb2.Fleet:
+        return await self.stub.GetFleet(coordinator_pb2.GetFleetRequest(), timeout=timeout)
+
+    async def drain(self, instance_id: int, timeout: float | None = 5.0) -> bool:
+        """False where the instance has ended already."""
+        request = coordinator_pb2.DrainInstanceRequest(instance_id=instance_id)
+        return not (await self.stub.DrainInstance(request, timeout=timeout)).gone
+
+    async def retire(self, instance_id: int, timeout: float | None = 5.0) -> bool:
+        """False where the instance has ended already."""
+        request = coordinator_pb2.RetireInstanceRequest(instance_id=instance_id)
+        return not (await self.stub.RetireInstance(request, timeout=timeout)).gone
+
+    async def scale(
+        self, min_instances: int | None = None, max_devices: int | None = None, timeout: float | None = 5.0
+    ) -> coordinator_pb2.ScaleFleetResponse:
+        """None leaves a bound as it is."""
+        request = coordinator_pb2.ScaleFleetRequest(min_instances=min_instances, max_devices=max_devices)
+        return await self.stub.ScaleFleet(request, timeout=timeout)
 
 
 def chat(messages: Sequence[tuple[str, str]]) -> inference_pb2.ChatMessages:

@@ -158,7 +158,7 @@ class GetFleetRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Fleet(_message.Message):
-    __slots__ = ("model", "uptime_s", "instances", "busy", "theta", "interactive_backpressure", "batch_backpressure", "target", "batch_target", "held_interactive", "queued_batch", "max_devices", "min_instances", "trouble")
+    __slots__ = ("model", "uptime_s", "instances", "busy", "theta", "interactive_backpressure", "batch_backpressure", "target", "batch_target", "held_interactive", "queued_batch", "max_devices", "min_instances", "trouble", "failed_launches", "batch_itl_s")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +173,8 @@ class Fleet(_message.Message):
     MAX_DEVICES_FIELD_NUMBER: _ClassVar[int]
     MIN_INSTANCES_FIELD_NUMBER: _ClassVar[int]
     TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_LAUNCHES_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ITL_S_FIELD_NUMBER: _ClassVar[int]
     model: str
     uptime_s: float
     instances: _containers.RepeatedCompositeFieldContainer[Instance]
@@ -187,7 +189,9 @@ class Fleet(_message.Message):
     max_devices: int
     min_instances: int
     trouble: str
-    def __init__(self, model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., busy: _Optional[float] = ..., theta: _Optional[float] = ..., interactive_backpressure: _Optional[float] = ..., batch_backpressure: _Optional[int] = ..., target: _Optional[int] = ..., batch_target: _Optional[int] = ..., held_interactive: _Optional[int] = ..., queued_batch: _Optional[int] = ..., max_devices: _Optional[int] = ..., min_instances: _Optional[int] = ..., trouble: _Optional[str] = ...) -> None: ...
+    failed_launches: int
+    batch_itl_s: float
+    def __init__(self, model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., busy: _Optional[float] = ..., theta: _Optional[float] = ..., interactive_backpressure: _Optional[float] = ..., batch_backpressure: _Optional[int] = ..., target: _Optional[int] = ..., batch_target: _Optional[int] = ..., held_interactive: _Optional[int] = ..., queued_batch: _Optional[int] = ..., max_devices: _Optional[int] = ..., min_instances: _Optional[int] = ..., trouble: _Optional[str] = ..., failed_launches: _Optional[int] = ..., batch_itl_s: _Optional[float] = ...) -> None: ...
 
 class Instance(_message.Message):
     __slots__ = ("instance_id", "role", "state", "address", "host", "pid", "devices", "boot_id", "itl_target_s", "load", "age_s", "silent_s", "telemetry")
@@ -226,5 +230,35 @@ class DrainInstanceRequest(_message.Message):
     def __init__(self, instance_id: _Optional[int] = ...) -> None: ...
 
 class DrainInstanceResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("gone",)
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    gone: bool
+    def __init__(self, gone: bool = ...) -> None: ...
+
+class RetireInstanceRequest(_message.Message):
+    __slots__ = ("instance_id",)
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    instance_id: int
+    def __init__(self, instance_id: _Optional[int] = ...) -> None: ...
+
+class RetireInstanceResponse(_message.Message):
+    __slots__ = ("gone",)
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    gone: bool
+    def __init__(self, gone: bool = ...) -> None: ...
+
+class ScaleFleetRequest(_message.Message):
+    __slots__ = ("min_instances", "max_devices")
+    MIN_INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    min_instances: int
+    max_devices: int
+    def __init__(self, min_instances: _Optional[int] = ..., max_devices: _Optional[int] = ...) -> None: ...
+
+class ScaleFleetResponse(_message.Message):
+    __slots__ = ("min_instances", "max_devices")
+    MIN_INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    min_instances: int
+    max_devices: int
+    def __init__(self, min_instances: _Optional[int] = ..., max_devices: _Optional[int] = ...) -> None: ...

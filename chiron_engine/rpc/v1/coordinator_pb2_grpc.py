@@ -54,6 +54,16 @@ class CoordinatorStub(object):
                 request_serializer=chiron_dot_v1_dot_coordinator__pb2.DrainInstanceRequest.SerializeToString,
                 response_deserializer=chiron_dot_v1_dot_coordinator__pb2.DrainInstanceResponse.FromString,
                 _registered_method=True)
+        self.RetireInstance = channel.unary_unary(
+                '/chiron.v1.Coordinator/RetireInstance',
+                request_serializer=chiron_dot_v1_dot_coordinator__pb2.RetireInstanceRequest.SerializeToString,
+                response_deserializer=chiron_dot_v1_dot_coordinator__pb2.RetireInstanceResponse.FromString,
+                _registered_method=True)
+        self.ScaleFleet = channel.unary_unary(
+                '/chiron.v1.Coordinator/ScaleFleet',
+                request_serializer=chiron_dot_v1_dot_coordinator__pb2.ScaleFleetRequest.SerializeToString,
+                response_deserializer=chiron_dot_v1_dot_coordinator__pb2.ScaleFleetResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -76,6 +86,22 @@ class CoordinatorServicer(object):
 
     def DrainInstance(self, request, context):
         """Close an instance: no new requests, those running end, batch work moves, the process exits.
+        NOT_FOUND for one that never was; repeating it changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireInstance(self, request, context):
+        """The same at once: what runs there goes on elsewhere, with the tokens it has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScaleFleet(self, request, context):
+        """Change how many instances there may be, and launch again where failures had stopped that.
+        INVALID_ARGUMENT, with nothing changed, for numbers that contradict each other or the devices.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +124,16 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.DrainInstance,
                     request_deserializer=chiron_dot_v1_dot_coordinator__pb2.DrainInstanceRequest.FromString,
                     response_serializer=chiron_dot_v1_dot_coordinator__pb2.DrainInstanceResponse.SerializeToString,
+            ),
+            'RetireInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireInstance,
+                    request_deserializer=chiron_dot_v1_dot_coordinator__pb2.RetireInstanceRequest.FromString,
+                    response_serializer=chiron_dot_v1_dot_coordinator__pb2.RetireInstanceResponse.SerializeToString,
+            ),
+            'ScaleFleet': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleFleet,
+                    request_deserializer=chiron_dot_v1_dot_coordinator__pb2.ScaleFleetRequest.FromString,
+                    response_serializer=chiron_dot_v1_dot_coordinator__pb2.ScaleFleetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +216,60 @@ class Coordinator(object):
             '/chiron.v1.Coordinator/DrainInstance',
             chiron_dot_v1_dot_coordinator__pb2.DrainInstanceRequest.SerializeToString,
             chiron_dot_v1_dot_coordinator__pb2.DrainInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chiron.v1.Coordinator/RetireInstance',
+            chiron_dot_v1_dot_coordinator__pb2.RetireInstanceRequest.SerializeToString,
+            chiron_dot_v1_dot_coordinator__pb2.RetireInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleFleet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chiron.v1.Coordinator/ScaleFleet',
+            chiron_dot_v1_dot_coordinator__pb2.ScaleFleetRequest.SerializeToString,
+            chiron_dot_v1_dot_coordinator__pb2.ScaleFleetResponse.FromString,
             options,
             channel_credentials,
             insecure,
