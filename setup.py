@@ -50,6 +50,7 @@ setup(
         "jinja2>=3.1",
         "rich>=13",
         "matplotlib>=3.8",
+        "prometheus-client>=0.20",
         "typer>=0.15",
     ],
     extras_require={
