@@ -28,6 +28,7 @@ class Scripted:
         self.want = (interactive, mixed, batch)
 
     def decide(self, view: FleetView) -> Decision:
+        self.seen = view
         interactive, mixed, batch = self.want
         target = PoolTarget(view.pools[0].target_s, interactive, mixed)
         return Decision((target,), batch, 0.0, 1.0, 0.0, 0)
@@ -229,6 +230,42 @@ def serve_batch(driver: FleetDriver, model: CapacityModel, work: float) -> None:
         mine = [request for request, where in driver.on.items() if where == instance]
         for request in mine[: round(1.0 / work)]:
             driver.finish(request, 256)
+
+
+def test_batch_throughput_counts_instances_from_when_they_are_ready() -> None:
+    driver, autoscaler = scripted(1, (0, 1, 2))
+    driver.run_ticks(11)
+    lead_s = autoscaler.seen.lead_s
+    assert autoscaler.seen.batch.throughput.ready_in == (lead_s - 10.0,) * 2
+    driver.run_ticks(40)
+    assert autoscaler.seen.batch.throughput.ready_in == (0.0, 0.0)
+
+
+def test_batch_throughput_counts_what_mixed_instances_have_left() -> None:
+    driver, autoscaler = scripted(2, (0, 2, 0))
+    driver.tick()
+    assert autoscaler.seen.batch.throughput.spare == 2.0
+    for number in range(30):
+        driver.arrive(interactive(number, 0.0, prompt=8000))
+    driver.tick()
+    load = autoscaler.seen.pools[0].load
+    assert load > 0.2
+    assert autoscaler.seen.batch.throughput.spare == pytest.approx(2.0 - load)
+
+
+def test_pools_show_which_instances_load_and_what_came() -> None:
+    driver, autoscaler = scripted(1, (0, 3, 0))
+    driver.run_ticks(5)
+    driver.arrive(interactive(0, driver.now))
+    driver.run_ticks(1)
+    pool = autoscaler.seen.pools[0]
+    assert (pool.ready, pool.loading) == (1, 2)
+    assert pool.next_ready_s == autoscaler.seen.lead_s - 5.0
+    assert pool.arrived_load == pytest.approx(pool.load) and pool.arrived_work_s > 0
+    driver.run_ticks(50)
+    pool = autoscaler.seen.pools[0]
+    assert (pool.ready, pool.loading, pool.next_ready_s) == (3, 0, autoscaler.seen.lead_s)
+    assert pool.arrived_load == 0.0
 
 
 def test_orders_of_launch_and_drain_carry_the_itl_target() -> None:

@@ -134,7 +134,7 @@ def test_without_the_window_a_steady_load_would_flap() -> None:
     naive = []
     for _ in range(1800):
         seen = load.second(1)
-        demand.observe(seen.load, seen.backlog, seen.arrived_work_s, seen.arrived_squares)
+        demand.observe(seen)
         naive.append(math.ceil(demand.smooth / 0.75))
     assert sum(a != b for a, b in pairwise(naive[60:])) > 200
 

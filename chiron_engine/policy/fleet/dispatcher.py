@@ -7,6 +7,7 @@ Each is in exactly one place: held (interactive, waiting for room within its TTF
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from chiron_engine.policy.iteration.request import SloClass
 
@@ -34,6 +35,16 @@ RAMP_S = 20.0
 Effects = list[FleetEffect]
 
 
+@dataclass(slots=True)
+class Arrived:
+    """Of interactive requests that came in some time: their work in seconds of one full instance, the
+    sum of its squares, and the u they take."""
+
+    work_s: float = 0.0
+    squares: float = 0.0
+    load: float = 0.0
+
+
 class Dispatcher:
     """Routes requests at their arrival and whenever room appears. Effects are appended to `out`.
 
@@ -55,8 +66,7 @@ class Dispatcher:
         self.tracked: dict[int, Tracked] = {}
         # Ordered, since the first of a plain dict is found past all those deleted before it.
         self.held: OrderedDict[int, Tracked] = OrderedDict()
-        self.arrived_work = {target: 0.0 for target in config.itl_targets_s}
-        self.arrived_squares = {target: 0.0 for target in config.itl_targets_s}
+        self._arrived = {target: Arrived() for target in config.itl_targets_s}
         self._with_room: dict[Role, dict[int, Instance]] = {Role.BATCH: {}, Role.MIXED: {}}
 
     # Requests.
@@ -190,6 +200,12 @@ class Dispatcher:
             if self._router.target_for(tracked.request.slo.itl_s) == target_s
         )
 
+    def take_arrived(self, target_s: float) -> Arrived:
+        """What came for this ITL target since the last call."""
+        arrived = self._arrived[target_s]
+        self._arrived[target_s] = Arrived()
+        return arrived
+
     # Steps of the above.
 
     def _refusal(self, request: FleetRequest) -> str | None:
@@ -216,9 +232,12 @@ class Dispatcher:
         target = self._router.target_for(request.slo.itl_s)
         assert target is not None, "a request without a target was refused"
         output = min(self.outputs[SloClass.INTERACTIVE].mean, request.max_tokens)
-        work = self._model.work_s(request.prompt_tokens, output, target)
-        self.arrived_work[target] += work
-        self.arrived_squares[target] += work * work
+        work_s = self._model.work_s(request.prompt_tokens, output, target)
+        added_s = self._model.added_s(request.prompt_tokens, output, target)
+        arrived = self._arrived[target]
+        arrived.work_s += work_s
+        arrived.squares += work_s * work_s
+        arrived.load += self._model.share(added_s, request.prompt_tokens + output, target)
 
     def _size(self, tracked: Tracked, output_share: float) -> None:
         """What the request adds to an instance; of its output, `output_share` is held on average."""

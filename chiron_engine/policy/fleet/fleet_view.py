@@ -14,9 +14,10 @@ from .waiting_time import Throughput
 class PoolView:
     """Interactive and mixed instances of one ITL target. instances: those loading or ready, but
     not the ones that close. busy_instances: those with an interactive request. load: sum of u, each
-    up to 1. arrived_work_s, arrived_squares: work of the interactive requests that came since the
-    last tick, in seconds of one full instance, and the sum of its squares. backlog: u of what is
-    held or over 1 on an instance, in bounds."""
+    up to 1. arrived_work_s, arrived_squares, arrived_load: work of the interactive requests that came
+    since the last tick, in seconds of one full instance, the sum of its squares, and the u they
+    take. backlog: u of what is held or over 1 on an instance, in bounds. loading: instances not
+    ready yet; next_ready_s: seconds until the first of them is, or one launched now."""
 
     target_s: float
     instances: int
@@ -25,6 +26,13 @@ class PoolView:
     arrived_work_s: float = 0.0
     arrived_squares: float = 0.0
     backlog: float = 0.0
+    arrived_load: float = 0.0
+    loading: int = 0
+    next_ready_s: float = 0.0
+
+    @property
+    def ready(self) -> int:
+        return self.instances - self.loading
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ class PoolScaling:
             self._target = pool.instances
             self._needed.push(pool.instances, now, 0.0)
         demand = self.demand
-        demand.observe(pool.load, pool.backlog, pool.arrived_work_s, pool.arrived_squares)
+        demand.observe(pool)
         self.theta.observe(demand.smooth, demand.mean, lead_s)
         window_s = max(lead_s, DECREASE_WINDOW_S)
         wanted = demand.mean * self.theta.ratio

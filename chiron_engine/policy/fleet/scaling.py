@@ -7,6 +7,7 @@ from chiron_engine.policy.iteration.request import SloClass
 
 from .capacity import CapacityModel
 from .config import FleetConfig
+from .demand import MOST_BACKLOG
 from .dispatcher import Dispatcher, Effects
 from .fleet_view import BatchView, Decision, FleetView, GlobalAutoscaler, PoolView
 from .instances import Instance, Instances
@@ -24,10 +25,6 @@ MOST_DOUBLINGS = 32
 """Of the wait after failed launches: enough for any tick, and a power of two that is a float."""
 THROUGHPUT_CV = 0.05
 """cv_T of the waiting time: how far the throughput to come may stray from the one measured."""
-MOST_BACKLOG = 0.5
-"""Of the load that fits, how much of what does not fit counts as load. A queue is requests that came
-too fast for a while, not a rate: it grows with every second that an instance loads, and an
-instance for each of its shares would come when it is long served."""
 
 
 class Scaling:
@@ -163,26 +160,29 @@ class Scaling:
                 self._dispatcher.fill(instance, now, out)
 
     def _view(self, now: float) -> FleetView:
-        pools = [self._pool_view(target) for target in self._config.itl_targets_s]
+        pools = [self._pool_view(target, now) for target in self._config.itl_targets_s]
         return FleetView(now, self._lead.seconds, self._most, pools, self._batch_view(now))
 
-    def _pool_view(self, target_s: float) -> PoolView:
+    def _pool_view(self, target_s: float, now: float) -> PoolView:
         dispatcher = self._dispatcher
         pool = [
             instance
             for instance in self._instances.staying()
             if instance.role is not Role.BATCH and instance.target_s == target_s and not instance.closing
         ]
-        work, squares = dispatcher.arrived_work[target_s], dispatcher.arrived_squares[target_s]
-        dispatcher.arrived_work[target_s] = dispatcher.arrived_squares[target_s] = 0.0
+        loading = [self._ready_in(i, now) for i in pool if i.state is InstanceState.LOADING]
+        arrived = dispatcher.take_arrived(target_s)
         return PoolView(
             target_s=target_s,
             instances=len(pool),
             busy_instances=sum(bool(instance.interactive) for instance in pool),
             load=sum(min(1.0, instance.load) for instance in pool),
             backlog=_backlog(pool, dispatcher.held_load(target_s)),
-            arrived_work_s=work,
-            arrived_squares=squares,
+            arrived_work_s=arrived.work_s,
+            arrived_squares=arrived.squares,
+            arrived_load=arrived.load,
+            loading=len(loading),
+            next_ready_s=min(loading, default=self._lead.seconds),
         )
 
     def _batch_view(self, now: float) -> BatchView:
