@@ -89,6 +89,13 @@ class EngineLink:
             self._aborts.append(handle)
             self._unsent.set()
 
+    def take_back(self, handle: int) -> None:
+        stream = self._streams.pop(handle, None)
+        if stream is not None:
+            self._aborts.append(handle)
+            self._unsent.set()
+            stream.evict(engine_pb2.Evicted(handle=handle))
+
     async def _keep_connected(self) -> None:
         retry_s = FIRST_RETRY_S
         while True:

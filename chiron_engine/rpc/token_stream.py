@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
@@ -21,18 +21,23 @@ INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 
 @dataclass(slots=True)
 class TokenTimes:
-    """Arrival times at the gateway, on `time.monotonic`. Tokens of one message share one arrival."""
+    """Arrival times at the gateway, on `time.monotonic`. Tokens of one message share one arrival.
+    gaps: seconds between a token and the next."""
 
     first: float = 0.0
     last: float = 0.0
-    longest_gap: float = 0.0
     count: int = 0
+    gaps: array[float] = field(default_factory=lambda: array("f"))
+
+    @property
+    def longest_gap(self) -> float:
+        return max(self.gaps, default=0.0)
 
     def add(self, now: float) -> None:
         if self.count == 0:
             self.first = now
         else:
-            self.longest_gap = max(self.longest_gap, now - self.last)
+            self.gaps.append(now - self.last)
         self.last = now
         self.count += 1
 
@@ -41,6 +46,10 @@ class Attempt(Protocol):
     """A stay on one engine, to be ended from here."""
 
     def abort(self, handle: int) -> None: ...
+
+    def take_back(self, handle: int) -> None:
+        """End it without the engine's word: its stream is evicted at once."""
+        ...
 
 
 class StreamOwner(Protocol):
@@ -143,6 +152,11 @@ class TokenStream:
         stops = set(self.sampling.stop_token_ids)
         if not self.sampling.ignore_eos:
             stops.update(hello.eos_token_ids)
+    def move(self) -> None:
+        """End the attempt under way, if there is one: the request goes on elsewhere with its tokens."""
+        if self._attempt is not None:
+            self._attempt.take_back(self._handle)
+
         if self.tokens[-1] in stops:
             return types_pb2.FINISH_REASON_STOP
         full = len(self.prompt_ids) + len(self.tokens) >= hello.max_model_len
