@@ -144,6 +144,11 @@ class TokenStream:
 
     # For the owner.
 
+    def move(self) -> None:
+        """End the attempt under way, if there is one: the request goes on elsewhere with its tokens."""
+        if self._attempt is not None:
+            self._attempt.take_back(self._handle)
+
     def end_of(self, hello: engine_pb2.Hello) -> types_pb2.FinishReason | None:
         """Whether the tokens so far are all there will be: the engine may have gone before it could
         say so."""
@@ -152,11 +157,6 @@ class TokenStream:
         stops = set(self.sampling.stop_token_ids)
         if not self.sampling.ignore_eos:
             stops.update(hello.eos_token_ids)
-    def move(self) -> None:
-        """End the attempt under way, if there is one: the request goes on elsewhere with its tokens."""
-        if self._attempt is not None:
-            self._attempt.take_back(self._handle)
-
         if self.tokens[-1] in stops:
             return types_pb2.FINISH_REASON_STOP
         full = len(self.prompt_ids) + len(self.tokens) >= hello.max_model_len
