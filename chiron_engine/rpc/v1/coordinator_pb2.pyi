@@ -14,7 +14,7 @@ class EngineReport(_message.Message):
     def __init__(self, register: _Optional[_Union[Register, _Mapping]] = ..., telemetry: _Optional[_Union[Telemetry, _Mapping]] = ...) -> None: ...
 
 class Register(_message.Message):
-    __slots__ = ("boot_id", "instance_id", "version", "model", "address", "host", "pid", "block_size", "kv_capacity_tokens", "max_slots", "max_model_len", "max_step_tokens", "devices", "costs")
+    __slots__ = ("boot_id", "instance_id", "version", "model", "address", "host", "pid", "block_size", "kv_capacity_tokens", "max_slots", "max_model_len", "max_step_tokens", "devices", "costs", "coordinator_id")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class Register(_message.Message):
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_ID_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     instance_id: int
     version: str
@@ -43,7 +44,8 @@ class Register(_message.Message):
     max_step_tokens: int
     devices: str
     costs: StepCosts
-    def __init__(self, boot_id: _Optional[str] = ..., instance_id: _Optional[int] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., devices: _Optional[str] = ..., costs: _Optional[_Union[StepCosts, _Mapping]] = ...) -> None: ...
+    coordinator_id: str
+    def __init__(self, boot_id: _Optional[str] = ..., instance_id: _Optional[int] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., devices: _Optional[str] = ..., costs: _Optional[_Union[StepCosts, _Mapping]] = ..., coordinator_id: _Optional[str] = ...) -> None: ...
 
 class StepCosts(_message.Message):
     __slots__ = ("base_s", "per_request_s", "per_kv_token_s", "per_prompt_token_s", "per_prompt_context_s")
@@ -132,12 +134,14 @@ class EngineOrder(_message.Message):
     def __init__(self, joined: _Optional[_Union[Joined, _Mapping]] = ..., set_targets: _Optional[_Union[SetTargets, _Mapping]] = ..., drain: _Optional[_Union[DrainOrder, _Mapping]] = ...) -> None: ...
 
 class Joined(_message.Message):
-    __slots__ = ("instance_id", "report_every_s")
+    __slots__ = ("instance_id", "report_every_s", "coordinator_id")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     REPORT_EVERY_S_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_ID_FIELD_NUMBER: _ClassVar[int]
     instance_id: int
     report_every_s: float
-    def __init__(self, instance_id: _Optional[int] = ..., report_every_s: _Optional[float] = ...) -> None: ...
+    coordinator_id: str
+    def __init__(self, instance_id: _Optional[int] = ..., report_every_s: _Optional[float] = ..., coordinator_id: _Optional[str] = ...) -> None: ...
 
 class SetTargets(_message.Message):
     __slots__ = ("role", "interactive_itl_s", "batch_itl_s")
