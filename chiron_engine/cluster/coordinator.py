@@ -206,9 +206,11 @@ class Coordinator:
 
     def _handle(self, fleet: FleetState, event: FleetEvent) -> None:
         now = self.clock()
+        if self._event_log is not None:
+            self._event_log.event(event, now)
         effects = fleet.handle(event, now)
         if self._event_log is not None:
-            self._event_log.write(event, effects, now)
+            self._event_log.effects(effects)
         for effect in effects:
             self._effects[type(effect)](effect)
 
