@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -89,13 +89,18 @@ class TokenStream:
         slo: types_pb2.Slo,
         request_id: str,
         owner: StreamOwner,
+        *,
+        tokens: Iterable[int] = (),
+        max_pending: int | None = MAX_PENDING_TOKENS,
     ) -> None:
+        """tokens: those it has already, of a stream before this one. max_pending: tokens that may wait to
+        be read before the request is aborted; None where nobody needs to read them."""
         self.prompt_ids = prompt_ids
         self.sampling = sampling
         self.slo = slo
         self.request_id = request_id
         self.key = 0
-        self.tokens = array("I")
+        self.tokens = array("I", tokens)
         self.times = TokenTimes()
         self.finished: engine_pb2.Finished | None = None
         self.failure: RpcFailure | None = None
@@ -108,7 +113,10 @@ class TokenStream:
         self._attempt: Attempt | None = None
         self._handle = 0
         self._read = 0
+        self._max_pending = max_pending
         self._ready = asyncio.Event()
+        if self.tokens:
+            self._ready.set()
 
     @property
     def has_ended(self) -> bool:
@@ -193,7 +201,8 @@ class TokenStream:
     def push(self, token: int, now: float) -> None:
         self.times.add(now)
         self.tokens.append(token)
-        if len(self.tokens) - self._read > MAX_PENDING_TOKENS and not self.overflowed:
+        most = self._max_pending
+        if most is not None and len(self.tokens) - self._read > most and not self.overflowed:
             self.overflowed = True
             self.abort()
         self._ready.set()
