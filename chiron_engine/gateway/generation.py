@@ -76,22 +76,12 @@ class Generation:
                 await self._write(context, chunk)
 
     def _chunk(self, tokens: array[int], stream: TokenStream) -> inference_pb2.GenerateChunk:
-        """Tokens up to a stop string. The token with which the engine stopped is an id, not text."""
-        ends_with_stop_token = (
-            stream.finished is not None and stream.finished.reason == types_pb2.FINISH_REASON_STOP
-        )
-        shown = len(tokens) - 1 if ends_with_stop_token else len(tokens)
-        pieces, taken = [], 0
-        for place, token in enumerate(tokens):
-            taken += 1
-            if place < shown:
-                pieces.append(self._text.feed(token))
-            if self._text.is_stopped:
-                break
+        """Tokens up to a stop string."""
+        finished = stream.finished
+        ends_with_stop_token = finished is not None and finished.reason == types_pb2.FINISH_REASON_STOP
+        text, taken = self._text.feed_all(tokens, ends_with_stop_token)
         self._completion_tokens += taken
-        return inference_pb2.GenerateChunk(
-            request_id=self._request_id, text="".join(pieces), token_ids=tokens[:taken]
-        )
+        return inference_pb2.GenerateChunk(request_id=self._request_id, text=text, token_ids=tokens[:taken])
 
     async def _end_at_stop_string(
         self, chunk: inference_pb2.GenerateChunk, context: grpc.aio.ServicerContext

@@ -152,6 +152,20 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             version=__version__,
         )
 
+    async def resolve(self, request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
+        """A request to be run later: checked as `Generate` does, with token ids in place of text, and
+        with seed and max_tokens. Raises RpcFailure."""
+        prompt = await self._check(request)
+        resolved = inference_pb2.GenerateRequest(
+            token_ids=inference_pb2.TokenIds(ids=prompt.token_ids),
+            sampling=prompt.sampling,
+            slo=prompt.slo,
+            stop=prompt.stops,
+        )
+        if not resolved.sampling.HasField("max_tokens"):
+            resolved.sampling.max_tokens = self._hello().max_model_len - len(prompt.token_ids)
+        return resolved
+
     def _admit(self, request_id: str, received: float) -> LiveRequest:
         if self._draining:
             raise unavailable("the server is shutting down and takes no new requests", "draining")

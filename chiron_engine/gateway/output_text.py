@@ -21,6 +21,19 @@ class OutputText:
     def feed(self, token_id: int) -> str:
         return self._stops.feed(self._detokenizer.feed(token_id))
 
+    def feed_all(self, tokens: Sequence[int], ends_with_stop_token: bool) -> tuple[str, int]:
+        """The text of these tokens up to a stop string, and how many it took. The token with which an
+        engine stopped is an id, not text."""
+        shown = len(tokens) - 1 if ends_with_stop_token else len(tokens)
+        pieces, taken = [], 0
+        for place, token in enumerate(tokens):
+            taken += 1
+            if place < shown:
+                pieces.append(self.feed(token))
+            if self.is_stopped:
+                break
+        return "".join(pieces), taken
+
     def finish(self) -> str:
         """What was held back, unless a stop string ends in it."""
         return self._stops.feed(self._detokenizer.finish()) + self._stops.finish()

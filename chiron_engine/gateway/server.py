@@ -13,7 +13,7 @@ from chiron_engine.rpc.client import INFERENCE_SERVICE
 from chiron_engine.rpc.port import bind
 from chiron_engine.rpc.server import Health, create_server, enable_reflection
 from chiron_engine.rpc.shutdown import Shutdown
-from chiron_engine.rpc.v1 import inference_pb2_grpc
+from chiron_engine.rpc.v1 import inference_pb2, inference_pb2_grpc
 
 from .engine_router import EngineRouter
 from .inference_service import InferenceService
@@ -50,6 +50,10 @@ class Gateway:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         inference_pb2_grpc.add_InferenceServicer_to_server(self._service, server)
+
+    async def resolve(self, request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
+        """`InferenceService.resolve`."""
+        return await self._service.resolve(request)
 
     def start(self, health: Health, services: Sequence[str] = services) -> None:
         """Connect to the engines; from now on `services` follow this gateway's readiness."""
