@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from .options import MAX_MESSAGE_BYTES, channel_options
 from .v1 import (
+    batch_pb2,
+    batch_pb2_grpc,
     coordinator_pb2,
     coordinator_pb2_grpc,
     engine_pb2,
@@ -25,6 +27,7 @@ from .v1 import (
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ENGINE_SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
 HEALTH_POLL_S = 0.05
+SUBMIT_PAGE_BYTES = 1 << 20
 
 
 def open_channel(address: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
@@ -98,6 +101,62 @@ class InferenceClient(_Client):
 
     async def model_info(self, timeout: float | None = None) -> inference_pb2.ModelInfo:
         return await self.stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=timeout)
+
+
+class BatchClient(_Client):
+    """Batches of requests, stored by the server. Calls raise grpc.aio.AioRpcError."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.stub = batch_pb2_grpc.BatchStub(self.channel)
+
+    async def submit(
+        self, spec: batch_pb2.BatchSpec, lines: Iterable[batch_pb2.BatchLine], timeout: float | None = None
+    ) -> batch_pb2.BatchInfo:
+        """Returns once the whole is on the server's disk. Sent again with the same batch_id and content
+        it changes nothing."""
+        return await self.stub.Submit(_submit_pages(spec, lines), timeout=timeout)
+
+    async def get(self, batch_id: str, timeout: float | None = None) -> batch_pb2.BatchInfo:
+        return await self.stub.Get(batch_pb2.GetBatchRequest(batch_id=batch_id), timeout=timeout)
+
+    async def list(
+        self, limit: int = 0, after: str = "", timeout: float | None = None
+    ) -> batch_pb2.ListBatchesResponse:
+        """A page, the newest first; limit 0 takes the server's."""
+        request = batch_pb2.ListBatchesRequest(limit=limit, after=after)
+        return await self.stub.List(request, timeout=timeout)
+
+    async def results(
+        self, batch_id: str, timeout: float | None = None
+    ) -> AsyncIterator[batch_pb2.LineResult]:
+        """Results of the lines that have ended, by line number, page by page."""
+        request = batch_pb2.ListResultsRequest(batch_id=batch_id)
+        while True:
+            page = await self.stub.Results(request, timeout=timeout)
+            for result in page.results:
+                yield result
+            if not page.HasField("next_after"):
+                return
+            request.after = page.next_after
+
+    async def cancel(self, batch_id: str, timeout: float | None = None) -> batch_pb2.BatchInfo:
+        return await self.stub.Cancel(batch_pb2.CancelBatchRequest(batch_id=batch_id), timeout=timeout)
+
+
+async def _submit_pages(
+    spec: batch_pb2.BatchSpec, lines: Iterable[batch_pb2.BatchLine]
+) -> AsyncIterator[batch_pb2.SubmitBatchRequest]:
+    """Messages well under what a server takes, however long the batch is."""
+    page, size = batch_pb2.SubmitBatchRequest(batch=spec), 0
+    for line in lines:
+        page.lines.append(line)
+        size += line.ByteSize()
+        if size >= SUBMIT_PAGE_BYTES:
+            yield page
+            page, size = batch_pb2.SubmitBatchRequest(), 0
+    if page.lines or page.HasField("batch"):
+        yield page
 
 
 class EngineClient(_Client):
