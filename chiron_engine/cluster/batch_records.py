@@ -82,6 +82,13 @@ class PendingLine:
     deadline: float | None
     produced: int
 
+    @property
+    def place(self) -> tuple[float, int]:
+        """Lines are run in this order: by deadline, or by when the first token is due where there is
+        none."""
+        due = self.created + self.ttft_slo_s if self.deadline is None else self.deadline
+        return due, self.line_id
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:

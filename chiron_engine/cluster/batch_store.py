@@ -51,6 +51,12 @@ ERRORS = {
 BATCH_COLUMNS = (
     "batch_no, batch_id, name, metadata, created, deadline, expires_at, cancelled_at, finished_at, total"
 )
+PENDING = (
+    "SELECT due, line_id, batch_id, line_no, state, prompt_tokens, max_tokens, ttft_slo_s, itl_slo_s,"
+    " created, line.deadline, length(produced) / 4 FROM line JOIN batch USING (batch_no)"
+    " WHERE ended_at IS NULL AND (due, line_id) > (?, ?)"
+)
+PENDING_ORDER = "ORDER BY due, line_id LIMIT ?"
 
 
 class BatchStore:
@@ -300,19 +306,15 @@ class BatchStore:
         newest = self._read("SELECT coalesce(max(line_id), 0) FROM line")[0][0]
         return self._pending(newest)
 
+    def waiting(self, after: tuple[float, int], limit: int) -> tuple[PendingLine, ...]:
+        """Lines that wait to be run whose `PendingLine.place` is over `after`, in that order."""
+        rows = self._read(f"{PENDING} AND state IN ('queued', 'evicted') {PENDING_ORDER}", *after, limit)
+        return tuple(_pending_line(row) for row in rows)
+
     def _pending(self, newest: int) -> Iterator[PendingLine]:
         place: tuple[float, int] = (float("-inf"), 0)
         while True:
-            rows = self._read(
-                "SELECT due, line_id, batch_id, line_no, state, prompt_tokens, max_tokens, ttft_slo_s,"
-                " itl_slo_s, created, line.deadline, length(produced) / 4"
-                " FROM line JOIN batch USING (batch_no)"
-                " WHERE ended_at IS NULL AND (due, line_id) > (?, ?) AND line_id <= ?"
-                " ORDER BY due, line_id LIMIT ?",
-                *place,
-                newest,
-                PAGE_LINES,
-            )
+            rows = self._read(f"{PENDING} AND line_id <= ? {PENDING_ORDER}", *place, newest, PAGE_LINES)
             for row in rows:
                 yield _pending_line(row)
             if len(rows) < PAGE_LINES:
@@ -413,7 +415,7 @@ class BatchStore:
 
 
 def _pending_line(row: Any) -> PendingLine:
-    """From the columns that `BatchStore._pending` asks for."""
+    """From the columns of PENDING."""
     _, line_id, batch_id, line_no, state, *rest = row
     values: Any = (line_id, batch_id, line_no, LineState(state), *rest)
     return PendingLine(*values)
