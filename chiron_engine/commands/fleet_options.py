@@ -88,6 +88,15 @@ FLEET_OPTIONS = {
         None,
         {"help": "Write every event and decision here, for `chiron replay`.", "dir_okay": False},
     ),
+    "state_dir": TableOption(
+        "--state-dir",
+        Path | None,
+        None,
+        {
+            "help": "Keep batches here (~/.local/state/chiron/MODEL-PORT; none outlives a port of 0).",
+            "file_okay": False,
+        },
+    ),
 }
 
 with_fleet_options = with_options("fleet", FLEET_OPTIONS, "Fleet")
@@ -95,12 +104,13 @@ with_fleet_options = with_options("fleet", FLEET_OPTIONS, "Fleet")
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
-    """initial_engines: launched at the start."""
+    """initial_engines: launched at the start. state_dir: where batches are kept; None for the default."""
 
     config: FleetConfig
     policy: str
     initial_engines: int
     event_log: Path | None
+    state_dir: Path | None
 
 
 def fleet_options(fleet: Mapping[str, Any], initial_engines: int, most_engines: int) -> FleetOptions:
@@ -118,4 +128,4 @@ def fleet_options(fleet: Mapping[str, Any], initial_engines: int, most_engines: 
                 f"--engines is {initial_engines} and --min-engines {config.min_instances}; at most "
                 f"{config.max_gpus} engines may run (--max-engines)"
             )
-        return FleetOptions(config, fleet["policy"], initial_engines, fleet["event_log"])
+        return FleetOptions(config, fleet["policy"], initial_engines, fleet["event_log"], fleet["state_dir"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from chiron_engine.cluster.batch_service import BATCH_SERVICE
 from chiron_engine.cluster.coordinator import Coordinator
 from chiron_engine.cluster.coordinator_service import CoordinatorService
 from chiron_engine.cluster.engine_report import LoadPhase
@@ -21,6 +22,7 @@ from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
 from .console import LoadPhases, note
 from .example_request import example_request
 from .exits import CommandError, ExitCode, load_errors, port_errors, stop_code
+from .fleet_batch import batch_service, state_directory
 from .fleet_options import FleetOptions
 from .model_text import model_text, text_directory
 from .server_options import reachable
@@ -78,17 +80,21 @@ class FleetService:
                 note(f"serving {config.model} on {address}; try:")
                 print(example_request(address, text), flush=True)
 
-            serving = asyncio.create_task(
-                serve_gateway(
-                    self._listen,
-                    gateway,
-                    server,
-                    shutdown=shutdown,
-                    more_services=[COORDINATOR_SERVICE],
-                    on_ready=announce,
-                )
+            directory = state_directory(
+                self._fleet.state_dir, config.model, port, self._listen.grpc_port, resources
             )
-            await self._follow(serving, coordinator, shutdown)
+            async with batch_service(directory, server, coordinator, gateway, text, shutdown):
+                serving = asyncio.create_task(
+                    serve_gateway(
+                        self._listen,
+                        gateway,
+                        server,
+                        shutdown=shutdown,
+                        more_services=[COORDINATOR_SERVICE, BATCH_SERVICE],
+                        on_ready=announce,
+                    )
+                )
+                await self._follow(serving, coordinator, shutdown)
         return stop_code(shutdown.signal)
 
     async def _follow(

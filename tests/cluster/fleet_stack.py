@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from chiron_engine.cluster.coordinator import Coordinator
 from chiron_engine.cluster.coordinator_service import CoordinatorService
 from chiron_engine.cluster.engine_report import EngineReady
 from chiron_engine.cluster.engines import LaunchError, RunningEngine
 from chiron_engine.cluster.event_log import EventLog
+from chiron_engine.commands.fleet_batch import batch_service
 from chiron_engine.config import GatewayConfig
 from chiron_engine.core.clocks import MonotonicClock
 from chiron_engine.core.engine_core import EngineCore
@@ -25,7 +27,7 @@ from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.policy.iteration.autoscaler_inputs import EngineCapacity, ItlTargets
 from chiron_engine.policy.iteration.local_autoscaler import make_local_autoscaler
 from chiron_engine.policy.iteration.step_costs import StepCosts
-from chiron_engine.rpc.client import InferenceClient, sampling
+from chiron_engine.rpc.client import BatchClient, InferenceClient, sampling
 from chiron_engine.rpc.shutdown import Shutdown
 from chiron_engine.rpc.v1 import coordinator_pb2_grpc, inference_pb2, types_pb2
 from chiron_engine.serving.engine_process import LoadedEngine, run_engine
@@ -113,6 +115,7 @@ class Fleet:
     coordinator: Coordinator
     launcher: InProcessLauncher
     client: InferenceClient
+    batches: BatchClient
 
     async def generate(
         self, prompt: Sequence[int], max_tokens: int, *, batch: bool = False, seed: int = 1, **slo: float
@@ -150,7 +153,9 @@ async def running_fleet(
     launcher: InProcessLauncher | None = None,
     event_log: EventLog | None = None,
     wait: bool = True,
+    state_dir: Path | None = None,
 ) -> AsyncIterator[Fleet]:
+    """state_dir: where batches are kept; without one there is no Batch service."""
     listen = GatewayConfig(grpc_port=0)
     server, port = open_server(listen)
     launcher = launcher or InProcessLauncher()
@@ -159,12 +164,17 @@ async def running_fleet(
     coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(coordinator), server)
     gateway = Gateway(NoTokenizer(), NAME, coordinator, 1024)
     shutdown = Shutdown(1.0)
-    task = asyncio.create_task(serve_gateway(listen, gateway, server, shutdown=shutdown))
-    async with InferenceClient(launcher.address) as client:
+    async with AsyncExitStack() as resources:
+        if state_dir is not None:
+            batch = batch_service(state_dir, server, coordinator, gateway, NoTokenizer(), shutdown)
+            await resources.enter_async_context(batch)
+        task = asyncio.create_task(serve_gateway(listen, gateway, server, shutdown=shutdown))
+        client = await resources.enter_async_context(InferenceClient(launcher.address))
+        batches = await resources.enter_async_context(BatchClient(launcher.address))
         try:
             if wait:
                 await client.wait_serving(LONG_S)
-            yield Fleet(coordinator, launcher, client)
+            yield Fleet(coordinator, launcher, client, batches)
         finally:
             shutdown.request()
             shutdown.request()

@@ -1,0 +1,387 @@
+"""Runs the lines of the batch store on the fleet: from the store to the fleet policy and back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from chiron_engine.policy.fleet.messages import FleetRequest
+from chiron_engine.policy.iteration.request import Slo, SloClass
+from chiron_engine.rpc.token_stream import TokenStream
+from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, types_pb2
+
+from .batch_errors import BatchStoreError
+from .batch_line import BatchLine
+from .batch_records import Claim, PendingLine, Progress, Submitted, Withdrawn
+from .batch_store import BatchStore
+from .batch_store_thread import BatchStoreClosed, BatchStoreThread
+from .batch_window import BatchWindow, WindowChange
+from .coordinator import Coordinator
+
+log = logging.getLogger(__name__)
+
+WINDOW_LINES = 8192
+PAGE_LINES = 1024
+LINES_PER_TURN = 64
+"""Given to the policy between two turns of the event loop."""
+CHECKPOINT_S = 2.0
+RETRY_S = 1.0
+"""Between two tries of a store that fails: its disk may have space again."""
+
+T = TypeVar("T")
+
+
+class BatchText(Protocol):
+    """What text there is to a request, and what is kept of its output. Called from several threads."""
+
+    def watcher(self, request: inference_pb2.GenerateRequest) -> Callable[[Sequence[int]], bool] | None: ...
+
+    def output(
+        self, request: inference_pb2.GenerateRequest, tokens: Sequence[int], finished: engine_pb2.Finished
+    ) -> inference_pb2.GenerateChunk: ...
+
+
+class BatchRunner:
+    """Owner of the queue between the store and the coordinator, on the coordinator's event loop.
+
+    A line waits in the store. Of those that wait the first to be due are also requests of the fleet
+    policy (`BatchWindow`); once one has a place on an engine it is claimed and its stream started.
+    Whatever becomes of a stream is told to the store under the claim's attempt, which takes one result.
+    """
+
+    def __init__(
+        self,
+        store: BatchStoreThread,
+        coordinator: Coordinator,
+        text: BatchText,
+        *,
+        window_lines: int = WINDOW_LINES,
+        checkpoint_s: float = CHECKPOINT_S,
+        wall_time: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._coordinator = coordinator
+        self._text = text
+        self._window = BatchWindow(window_lines)
+        self._checkpoint_s = checkpoint_s
+        self._wall_time = wall_time
+        self._lines: dict[int, BatchLine] = {}
+        """By line id: those in the policy."""
+        self._offered: list[PendingLine] = []
+        self._wanted = asyncio.Event()
+        self._loops: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_draining = False
+        self._is_closed = False
+        self._trouble = ""
+
+    async def start(self) -> None:
+        """Take up what a coordinator before this one left. Raises BatchStoreError."""
+        now = self._wall_time()
+        await self._store.call(lambda store: store.recover(now))
+        self._loops = [asyncio.create_task(self._keep_filling()), asyncio.create_task(self._keep_noting())]
+        self._wanted.set()
+
+    def drain(self) -> None:
+        """Start no more lines; those that run go on."""
+        self._is_draining = True
+        for line in [line for line in self._lines.values() if not line.is_started]:
+            self._drop(line)
+
+    async def close(self) -> None:
+        """Give what still runs back to the store, with the tokens it has. To be called once the
+        coordinator is closed, before the store is."""
+        self.drain()
+        self._is_closed = True
+        for task in self._loops:
+            task.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        for line in list(self._lines.values()):
+            self._settle(line)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # What the Batch service tells.
+
+    def on_submitted(self, submitted: Submitted) -> None:
+        self._offered += submitted.lines
+        self._wanted.set()
+
+    def on_withdrawn(self, withdrawn: Withdrawn) -> None:
+        for line_id in withdrawn.ended:
+            self._window.remove(line_id)
+            if (line := self._lines.get(line_id)) is not None:
+                self._stop(line)
+        for running in withdrawn.to_stop:
+            if (line := self._lines.get(running.line_id)) is not None:
+                self._stop(line)
+
+    # What its lines tell.
+
+    def line_paused(self, line: BatchLine, is_evicted: bool) -> None:
+        """It left an engine; the coordinator sees to its going on."""
+        if is_evicted:
+            self._spawn(self._note([line]))
+
+    def line_ended(self, line: BatchLine) -> None:
+        self._settle(line)
+
+    # From the store to the policy.
+
+    async def _keep_filling(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            try:
+                await self._fill()
+            except BatchStoreClosed:
+                return
+            except BatchStoreError as error:
+                await self._pause(error)
+                self._wanted.set()
+
+    async def _fill(self) -> None:
+        while not self._is_draining:
+            if self._offered:
+                offered, self._offered = self._offered, []
+                new = (line for line in offered if line.line_id not in self._lines)
+                await self._change(self._window.offer(new))
+            elif self._window.wants_more:
+                page = await self._next_page()
+                await self._change(self._window.extend(page, len(page) < PAGE_LINES))
+            else:
+                return
+
+    async def _next_page(self) -> tuple[PendingLine, ...]:
+        after = self._window.horizon
+        return await self._call(lambda store: store.waiting(after, PAGE_LINES))
+
+    async def _change(self, change: WindowChange) -> None:
+        for pending in change.leave:
+            if (line := self._lines.get(pending.line_id)) is not None and not line.is_started:
+                self._drop(line)
+        for place, pending in enumerate(change.enter):
+            if place % LINES_PER_TURN == LINES_PER_TURN - 1:
+                await asyncio.sleep(0)
+            if pending.line_id in self._window and pending.line_id not in self._lines:
+                self._enter(pending)
+
+    def _enter(self, pending: PendingLine) -> None:
+        if self._is_draining:
+            return
+        key = self._coordinator.next_key()
+        line = self._lines[pending.line_id] = BatchLine(pending, key, self, self._coordinator)
+        self._coordinator.enqueue(self._request(line), partial(self._start, line))
+
+    def _request(self, line: BatchLine) -> FleetRequest:
+        """Times are those of the store moved to the coordinator's clock."""
+        pending = line.pending
+        offset = self._coordinator.clock() - self._wall_time()
+        deadline = None if pending.deadline is None else pending.deadline + offset
+        return FleetRequest(
+            request_id=line.key,
+            slo=Slo(SloClass.BATCH, pending.ttft_slo_s, pending.itl_slo_s, deadline),
+            arrival=pending.created + offset,
+            prompt_tokens=pending.prompt_tokens,
+            max_tokens=pending.max_tokens,
+            produced=pending.produced,
+        )
+
+    # From the policy to an engine.
+
+    async def _start(self, line: BatchLine) -> TokenStream:
+        """The coordinator asks for it again where the engine was lost before the stream was there."""
+        if line.starting is None:
+            line.starting = self._spawn(self._start_once(line))
+            self._window.remove(line.pending.line_id)
+            if self._window.wants_more:
+                self._wanted.set()
+        return await asyncio.shield(line.starting)
+
+    async def _start_once(self, line: BatchLine) -> TokenStream:
+        if self._lines.get(line.pending.line_id) is not line:
+            return self._nothing(line)
+        claim = await self._claim(line)
+        if claim is None:  # it was withdrawn meanwhile
+            self._forget(line)
+            return self._nothing(line)
+        stream = self._stream(line, claim)
+        hello = self._coordinator.hello
+        assert hello is not None  # it has a place
+        if line.is_withdrawn:
+            stream.abort()
+        elif (reason := stream.end_of(hello)) is not None:
+            stream.finish(engine_pb2.Finished(reason=reason))
+        if stream.has_ended:
+            self._coordinator.cancel(line.key)
+        return stream
+
+    async def _claim(self, line: BatchLine) -> Claim | None:
+        line_id = line.pending.line_id
+        now = self._wall_time()
+        claims = await self._persist(lambda store: store.claim([line_id], now))
+        return claims[0] if claims else None
+
+    def _stream(self, line: BatchLine, claim: Claim) -> TokenStream:
+        request = line.request = inference_pb2.GenerateRequest.FromString(claim.request)
+        line.attempt = claim.attempt
+        line.noted = len(claim.produced)
+        deadline = line.pending.deadline
+        if deadline is not None:
+            request.slo.deadline_s = max(1e-3, deadline - self._wall_time())
+        stream = line.stream = TokenStream(
+            request.token_ids.ids,
+            request.sampling,
+            request.slo,
+            f"batch-{line.pending.line_id}",
+            line,
+            tokens=claim.produced,
+            max_pending=None,
+        )
+        stream.key = line.key
+        if (watcher := self._text.watcher(request)) is not None:
+            line.watching = self._spawn(self._watch(line, stream, watcher))
+        return stream
+
+    def _nothing(self, line: BatchLine) -> TokenStream:
+        """A stream that has ended, for a line that is not to be run."""
+        self._coordinator.cancel(line.key)
+        stream = TokenStream((), types_pb2.SamplingParams(), types_pb2.Slo(), "", self._coordinator)
+        stream.abort()
+        return stream
+
+    async def _watch(
+        self, line: BatchLine, stream: TokenStream, is_stopped: Callable[[Sequence[int]], bool]
+    ) -> None:
+        """End it at a stop string, which no engine knows of."""
+        while True:
+            tokens = await stream.next()
+            if stream.has_ended:
+                return
+            if is_stopped(tokens):
+                line.is_stopped = True
+                stream.abort()
+                return
+
+    # From the engine to the store.
+
+    async def _keep_noting(self) -> None:
+        """Tokens are noted now and then, so that the end of this process costs little work."""
+        while True:
+            await asyncio.sleep(self._checkpoint_s)
+            try:
+                await self._note(self._lines.values())
+                await self._expire()
+            except BatchStoreClosed:
+                return
+            except BatchStoreError as error:
+                await self._pause(error)
+
+    async def _expire(self) -> None:
+        now = self._wall_time()
+        self.on_withdrawn(await self._call(lambda store: store.expire(now)))
+
+    async def _note(self, lines: Iterable[BatchLine]) -> None:
+        noted: list[tuple[BatchLine, int]] = []
+        progress: list[Progress] = []
+        for line in lines:
+            stream = line.stream
+            if stream is not None and len(stream.tokens) > line.noted:
+                noted.append((line, len(stream.tokens)))
+                progress.append(Progress(line.pending.line_id, line.attempt, stream.tokens[:]))
+        if not progress:
+            return
+        await self._call(lambda store: store.checkpoint(progress))
+        for line, count in noted:
+            line.noted = max(line.noted, count)
+
+    def _settle(self, line: BatchLine) -> None:
+        """Tell the store what became of a line that has ended, or that this runner drops."""
+        if self._lines.get(line.pending.line_id) is not line:
+            return
+        self._forget(line)
+        if line.watching is not None:
+            line.watching.cancel()
+        if line.stream is not None:
+            self._spawn(self._persist(self._outcome(line, line.stream)))
+
+    def _outcome(self, line: BatchLine, stream: TokenStream) -> Callable[[BatchStore], Any]:
+        line_id, attempt, now = line.pending.line_id, line.attempt, self._wall_time()
+        failure, finished = stream.failure, stream.finished
+        if failure is not None and failure.error_code != "draining":
+            code, message = failure.error_code or failure.code.name.lower(), failure.message
+            return lambda store: store.fail(line_id, attempt, code, message, now)
+        was_aborted = finished is not None and finished.reason == types_pb2.FINISH_REASON_ABORT
+        if finished is None or (was_aborted and not line.is_stopped):
+            # Also where it was to be stopped: the store knows.
+            return lambda store: store.requeue(line_id, attempt, now, stream.tokens)
+
+        def finish(store: BatchStore) -> bool:
+            # In the store's thread: a long output takes milliseconds to become text.
+            output = self._text.output(line.request, stream.tokens, finished).SerializeToString()
+            return store.finish(line_id, attempt, output, now)
+
+        return finish
+
+    async def _persist(self, operation: Callable[[BatchStore], Any]) -> Any:
+        """Try until the store takes it. What it never takes before the end of this process is done again
+        after: the line still runs, as far as the store knows."""
+        while True:
+            try:
+                return await self._call(operation)
+            except BatchStoreClosed:
+                raise
+            except BatchStoreError as error:
+                if self._is_closed:
+                    raise
+                await self._pause(error)
+
+    async def _call(self, operation: Callable[[BatchStore], T]) -> T:
+        result = await self._store.call(operation)
+        if self._trouble:
+            log.info("the batch store works again")
+            self._trouble = ""
+        return result
+
+    # Small steps of the above.
+
+    def _stop(self, line: BatchLine) -> None:
+        """The line is to run no more."""
+        line.is_withdrawn = True
+        if line.stream is not None:
+            line.stream.abort()
+        elif not line.is_started:
+            self._drop(line)
+
+    def _drop(self, line: BatchLine) -> None:
+        self._forget(line)
+        self._coordinator.cancel(line.key)
+
+    def _forget(self, line: BatchLine) -> None:
+        self._window.remove(line.pending.line_id)
+        self._lines.pop(line.pending.line_id, None)
+
+    async def _pause(self, error: BatchStoreError) -> None:
+        if str(error) != self._trouble:
+            self._trouble = str(error)
+            log.error("%s; batch work waits, trying again", error)
+        await asyncio.sleep(RETRY_S)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        error = task.exception()
+        if isinstance(error, BatchStoreError):
+            log.error("%s; what could not be stored is done again after the next start", error)
+        else:
+            log.error("a task of the batch queue failed", exc_info=error)
