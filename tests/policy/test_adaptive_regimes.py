@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 
 from chiron_engine.policy.iteration.adaptive_autoscaler import AdaptiveAutoscaler
-from chiron_engine.policy.iteration.budget_probe import SOONEST, BudgetProbe
-from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.local_autoscaler import EngineCapacity, ItlTargets
 from tests.policy.iteration_plant import BATCH_1_S, COSTS, step_stats
 
@@ -64,14 +62,3 @@ def test_steps_planned_before_a_change_do_not_count() -> None:
         engine.run(1, 300, 7000, interactive=1)
         engine.run(60, 20, 64, interactive=20)
     assert autoscaler.limits.max_running >= 0.9 * settled
-
-
-def test_a_probe_cut_short_leaves_no_trace() -> None:
-    probe = BudgetProbe(CAPACITY)
-    probe.pass_steps(SOONEST)
-    limits = Limits(20, 120)
-    assert probe.is_due(limits, 1000)
-    assert probe.begin(limits).token_budget > limits.token_budget
-    assert probe.cancel() == limits
-    assert probe.cancel() is None
-    assert not probe.is_due(limits, 1000)

@@ -201,11 +201,21 @@ def test_a_tight_first_token_makes_room_for_prompts() -> None:
 
 
 def test_swap_steps_teach_nothing() -> None:
-    autoscaler = adaptive(2.0)
-    before = autoscaler.costs
-    for step in range(500):
-        autoscaler.on_step(step_stats(step, step * 1.0, 1.0, n=10, kv=3000, swapped=64), step * 1.0)
-    assert autoscaler.costs == before
+    """Steps with copies that take twice as long leave limits as high as steps that do not."""
+
+    def limits_after(swapped: int) -> Limits:
+        autoscaler = adaptive(2.0)
+        usual = COSTS.seconds(50, 15_000)
+        for step in range(500):
+            is_swap = step % 2 and swapped
+            seconds = 2 * usual if is_swap else usual
+            copied = swapped if is_swap else 0
+            autoscaler.on_step(
+                step_stats(step, step * 1.0, seconds, n=50, kv=15_000, swapped=copied), step * 1.0
+            )
+        return autoscaler.limits
+
+    assert limits_after(swapped=64).max_running >= 0.9 * limits_after(swapped=0).max_running
 
 
 def test_backpressures() -> None:

@@ -30,10 +30,6 @@ class AdaptiveAutoscaler:
         return self._active.limits
 
     @property
-    def costs(self) -> StepCosts | None:
-        return self._active.costs
-
-    @property
     def latency_backpressure(self) -> float:
         return self._active.latency_backpressure
 

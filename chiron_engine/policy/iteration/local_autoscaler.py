@@ -43,11 +43,6 @@ class LocalAutoscaler(Protocol):
         """TBP: throughput of the interval before over that of the last (paper, section 4)."""
         ...
 
-    @property
-    def costs(self) -> StepCosts | None:
-        """What it has learned of step times; None where it has learned nothing."""
-        ...
-
     def on_step(self, stats: StepStats, now: float) -> Limits | None:
         """Called for every committed step; new limits, or None to leave them."""
         ...
@@ -69,7 +64,6 @@ class FixedAutoscaler:
         self.limits = fixed or Limits(capacity.max_slots, capacity.max_step_tokens)
         self.latency_backpressure = 0.0
         self.throughput_backpressure = 0.0
-        self.costs: StepCosts | None = None
 
     def on_step(self, stats: StepStats, now: float) -> Limits | None:
         return None

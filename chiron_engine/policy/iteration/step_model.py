@@ -1,244 +1,256 @@
 """How long a step takes, learned while the engine runs.
 
-Recursive least squares on the linear model of `StepCosts` that forgets, so that the fit is a good one
-near where the engine runs now, whatever the true curve looks like elsewhere.
+    t = b(n + P) + a n + k K + h [P > 0] + q C
+
+with n decoding requests, K the sum of their KV lengths, P prompt tokens and C as in `StepCosts`. b, the
+time of the matrix products, is a curve of stairs: kernels work in tiles, and one token more may cost as
+much as a hundred. So b is learned at knots, and is linear between them.
 """
 
 from __future__ import annotations
+
+import math
 
 from .autoscaler_inputs import EngineCapacity
 from .step_costs import StepCosts
 from .step_stats import StepStats
 
-DRIFT = 3e-4
-"""Relative deviation by which a coefficient may change in a step. What the model remembers follows
-from it: about 200 steps, as with a forgetting factor of 0.995, of what they vary in."""
-LEAST_SHARE = 0.02
-"""A coefficient that is zero drifts by this share of what the largest does."""
+FINEST = 8
+KNOTS_PER_OCTAVE = 8
+"""Knots are at multiples of FINEST tokens up to 64, and from there at eight places in every octave, on
+multiples of a power of two as tiles are: 64, 72, ..., 120, 128, 144, ..., 240, 256, 288, ..."""
 
 NOISE = 0.03
-"""Relative deviation of a step from the model; the scale of the prior's certainty."""
+"""Relative deviation of a step from the model."""
 PRIOR_DEVIATION = 0.3
-"""Relative deviation of a coefficient from a prior that was fitted on the like of this machine."""
+"""Relative deviation of a coefficient, at first."""
+DRIFT = 3e-4
+"""Relative deviation by which a coefficient may change in a step: what is observed all the time is
+remembered for about NOISE / DRIFT steps, what is not for longer, and never gets less sure than at first."""
+LEAST_SHARE = 0.02
+"""What a, k, h and q make of a full step, at least, for how far they may be off."""
+KNOWN = 0.2
+"""A knot counts as seen once a step had this weight on it."""
+STEEPEST_FALL = 0.9
+"""The curve never falls to less than this part of what it was at fewer tokens."""
+FRONTIER = 2
+"""Knots beyond one seen that are given the benefit of the doubt."""
 
-DECODE_STEPS = 16
-PROMPT_STEPS = 8
-"""Steps summed into one observation: the model is linear, so sums obey it too."""
+DRIFT_SQUARED = (DRIFT / NOISE) ** 2
+WIDEST = (PRIOR_DEVIATION / NOISE) ** 2
+DRIFT_STEPS = 16
+"""Steps after which the drift of a, k, h and q is counted."""
 
-DOUBT = 0.1
-"""Relative deviation of a coefficient after something showed the fit to be wrong."""
 
-SIZE = 5
-MIN_STEPS = 8
+def knot_below(tokens: int) -> int:
+    """The highest knot at or below so many tokens."""
+    shift = max(tokens.bit_length() - 4, 3)
+    return KNOTS_PER_OCTAVE * (shift - 3) + (tokens >> shift)
+
+
+def knot_place(knot: int) -> int:
+    """Tokens at a knot."""
+    if knot < KNOTS_PER_OCTAVE:
+        return FINEST * knot
+    octave, place = divmod(knot, KNOTS_PER_OCTAVE)
+    return (KNOTS_PER_OCTAVE + place) << (octave + 2)
 
 
 class StepModel:
-    """Fits seconds = coefficients . features, features (1, n, K, P, C) as in `StepCosts`.
-
-    Residuals are relative (every observation is divided by its time), because noise is. The
-    coefficients are kept non-negative by conditioning on those that would fall below zero being zero.
-    Forgetting is by drift: coefficients are taken to wander, so their variance grows with every step
-    and shrinks with what is observed. A forgetting factor would do the same while inputs vary, but
-    multiplies without bound the variance of what they do not vary in; drift stops at the prior's.
+    """A Kalman filter whose covariance is kept diagonal, so that a step updates what is active in it,
+    two knots and four scalars, and nothing else. Errors are relative to the time observed, as noise is.
     """
 
     __slots__ = (
-        "_coefficients",
-        "_covariance",
-        "_decode_sums",
-        "_initial",
-        "_prompt_sums",
-        "_scale",
-        "base_s",
-        "per_kv_token_s",
-        "per_prompt_context_s",
-        "per_prompt_token_s",
-        "per_request_s",
-        "steps",
-    )
+        "_anchor", "_last", "_most", "_per_context", "_per_kv", "_per_n", "_places", "_prior",
+        "_scalar_variances", "_scalars", "_values", "_variances", "_widest", "steps",
+    )  # fmt: skip
 
     def __init__(self, capacity: EngineCapacity, prior: StepCosts | None = None) -> None:
-        # Features as shares of a full engine, so that coefficients are seconds of like size.
-        self._scale = (
-            1.0,
-            float(capacity.max_slots),
-            float(capacity.kv_capacity_tokens),
-            float(capacity.max_step_tokens),
-            float(capacity.max_step_tokens) * capacity.max_step_tokens,
-        )
-        self._coefficients = [0.0] * SIZE
-        self._covariance: list[list[float]] = []
-        self._initial: list[float] = []
-        self._decode_sums = [0.0] * 4
-        self._prompt_sums = [0.0] * 6
+        self._most = most = capacity.max_step_tokens
+        self._places = [knot_place(knot) for knot in range(knot_below(most) + 2)]
+        # n, K, [P > 0] and C count as shares of a full step, so that scalars are seconds of like size.
+        self._per_n = 1.0 / capacity.max_slots
+        self._per_kv = 1.0 / capacity.kv_capacity_tokens
+        self._per_context = 1.0 / most**2
+        self._scalars = (0.0, 0.0, 0.0, 0.0)
+        """a, k, h and q."""
+        self._prior: list[float] = []
+        """b at the knots as it was thought to be at first."""
+        self._values: list[float] = []
+        self._variances: list[float] = []
+        """Over NOISE squared."""
+        self._scalar_variances = self._widest = self._scalars
+        """Now, and at first."""
+        self._last = [0] * len(self._places)
+        """Steps taken in when the knot was last seen; 0 for never."""
+        self._anchor = [-1] * len(self._places)
+        """The highest knot seen at or below each."""
         self.steps = 0
-        """Steps taken in so far."""
-        self.base_s = self.per_request_s = self.per_kv_token_s = 0.0
-        self.per_prompt_token_s = self.per_prompt_context_s = 0.0
         if prior is not None:
-            self._take_prior(prior)
+            each = prior.per_prompt_token_s
+            self._scalars = (
+                max(0.0, prior.per_request_s - each) / self._per_n,
+                prior.per_kv_token_s / self._per_kv,
+                0.0,
+                prior.per_prompt_context_s / self._per_context,
+            )
+            least = PRIOR_DEVIATION * prior.base_s
+            deviations = [PRIOR_DEVIATION * max(value, least) for value in self._scalars]
+            self._begin([prior.base_s + each * place for place in self._places], deviations)
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has a prior, or enough steps of its own."""
-        return self.base_s > 0.0 or self.per_request_s > 0.0 or self.per_kv_token_s > 0.0
+        """Whether it has a prior, or has seen a step."""
+        return bool(self._values)
 
     @property
-    def costs(self) -> StepCosts | None:
-        if not self.is_ready:
-            return None
-        return StepCosts(
-            self.base_s,
-            self.per_request_s,
-            self.per_kv_token_s,
-            self.per_prompt_token_s,
-            self.per_prompt_context_s,
-        )
+    def per_request_s(self) -> float:
+        return self._scalars[0] * self._per_n
 
-    def seconds(self, n: float, kv_tokens: float, prompt_tokens: float, prompt_context: float) -> float:
-        return (
-            self.base_s
+    @property
+    def per_kv_token_s(self) -> float:
+        return self._scalars[1] * self._per_kv
+
+    @property
+    def prompt_step_s(self) -> float:
+        """What a step with any prompt tokens takes longer."""
+        return self._scalars[2]
+
+    @property
+    def per_prompt_context_s(self) -> float:
+        return self._scalars[3] * self._per_context
+
+    def seconds(self, n: int, kv_tokens: float, prompt_tokens: int, prompt_context: float) -> float:
+        """Of a step of so much; 0 where nothing is known yet."""
+        if not self._values:
+            return 0.0
+        knot = min(knot_below(n + prompt_tokens), len(self._places) - 2)
+        low, high = self._places[knot], self._places[knot + 1]
+        share = (n + prompt_tokens - low) / (high - low)
+        seconds = (
+            (1.0 - share) * self._knot_s(knot)
+            + share * self._knot_s(knot + 1)
             + self.per_request_s * n
             + self.per_kv_token_s * kv_tokens
-            + self.per_prompt_token_s * prompt_tokens
-            + self.per_prompt_context_s * prompt_context
         )
+        if prompt_tokens:
+            seconds += self.prompt_step_s + self.per_prompt_context_s * prompt_context
+        return seconds
 
-    def observe(self, stats: StepStats, seconds: float) -> None:
-        """Take in a step that took `seconds` (> 0). Steps with copies do not belong here."""
+    def most_tokens(self, room_s: float, per_token_s: float, most: int) -> int:
+        """The largest x up to `most` with b(x) + per_token_s x <= room_s, 0 where there is none.
+
+        Smaller x may take longer: it looks past stairs. What was not seen for long may have changed,
+        and what never was may be less than is thought: it counts for less by its deviation, so that it
+        is tried now and then.
+        """
+        places = self._places
+        knot = knot_below(most) + 1
+        above, above_s = places[knot], self._hoped_s(knot) + per_token_s * places[knot]
+        while knot:
+            knot -= 1
+            place = places[knot]
+            seconds = self._hoped_s(knot) + per_token_s * place
+            if seconds <= room_s:
+                if above_s <= room_s:
+                    return most
+                return min(most, place + int((above - place) * (room_s - seconds) / (above_s - seconds)))
+            above, above_s = place, seconds
+        return 0
+
+    def observe(self, stats: StepStats, seconds: float) -> float:
+        """Take in a step that took `seconds` (> 0): what it was thought to take, 0 where there was no step
+        of about so many tokens before. Steps with copies do not belong here.
+
+        Each active coefficient i, of weight x_i, moves by the error times var_i x_i / spread, with
+        spread = seconds^2 + sum of var_j x_j^2. Written out, as it runs on every step.
+        """
+        if not self._values:
+            most = 4.0 * seconds
+            self._begin([seconds] * len(self._places), [most, most, seconds, most])
         self.steps += 1
-        if stats.prefill_tokens:
-            self._add_prompt_step(stats, seconds)
-            return
-        sums = self._decode_sums
-        sums[0] += 1.0
-        sums[1] += stats.decode_requests
-        sums[2] += stats.kv_tokens
-        sums[3] += seconds
-        if sums[0] >= DECODE_STEPS or self.steps <= MIN_STEPS:
-            self._update(sums[0], sums[1], sums[2], 0.0, 0.0, sums[3])
-            self._decode_sums = [0.0] * 4
+        n, prompt = stats.decode_requests, stats.prefill_tokens
+        tokens = min(n + prompt, self._most)
+        knot = knot_below(tokens)
+        low = self._places[knot]
+        x1 = (tokens - low) / (self._places[knot + 1] - low)
+        x0 = 1.0 - x1
+        was_seen = (x0 < KNOWN or self._see(knot)) & (x1 < KNOWN or self._see(knot + 1))
+        values, variances = self._values, self._variances
+        b0, b1 = values[knot], values[knot + 1]
+        a, k, h, q = self._scalars
+        var_a, var_k, var_h, var_q = self._scalar_variances
+        x_a, x_k = n * self._per_n, stats.kv_tokens * self._per_kv
+        g0, g1, g_a, g_k = variances[knot] * x0, variances[knot + 1] * x1, var_a * x_a, var_k * x_k
+        expected = b0 * x0 + b1 * x1 + a * x_a + k * x_k
+        spread = seconds * seconds + g0 * x0 + g1 * x1 + g_a * x_a + g_k * x_k
+        if prompt:
+            x_q = stats.prefill_context * self._per_context
+            g_h, g_q = var_h, var_q * x_q
+            expected += h + q * x_q
+            spread += g_h + g_q * x_q
+            gain = (seconds - expected) / spread
+            h, q = h + gain * g_h, q + gain * g_q
+            var_h, var_q = var_h - g_h * g_h / spread, var_q - g_q * g_q / spread
+        else:
+            gain = (seconds - expected) / spread
+        least = LEAST_SHARE * seconds
+        b0, b1, a, k = b0 + gain * g0, b1 + gain * g1, a + gain * g_a, k + gain * g_k
+        values[knot], values[knot + 1] = b0 if b0 > least else least, b1 if b1 > least else least
+        variances[knot] -= g0 * g0 / spread
+        variances[knot + 1] -= g1 * g1 / spread
+        self._scalars = (
+            a if a > 0.0 else 0.0, k if k > 0.0 else 0.0, h if h > 0.0 else 0.0, q if q > 0.0 else 0.0,
+        )  # fmt: skip
+        self._scalar_variances = (var_a - g_a * g_a / spread, var_k - g_k * g_k / spread, var_h, var_q)
+        if not self.steps % DRIFT_STEPS:
+            self._drift_scalars(least)
+        return expected if was_seen else 0.0
 
-    def doubt(self) -> None:
-        """Trust every coefficient less, so that what comes next counts more."""
-        for index, value in enumerate(self._coefficients):
-            row = self._covariance[index]
-            if row[index] < self._initial[index]:
-                row[index] += (DOUBT * value / NOISE) ** 2
+    def _begin(self, values: list[float], deviations: list[float]) -> None:
+        self._prior, self._values = values, list(values)
+        self._variances = [0.0] * len(values)
+        a, k, h, q = ((deviation / NOISE) ** 2 for deviation in deviations)
+        self._scalar_variances = self._widest = (a, k, h, q)
 
-    def _add_prompt_step(self, stats: StepStats, seconds: float) -> None:
-        sums = self._prompt_sums
-        sums[0] += 1.0
-        sums[1] += stats.decode_requests
-        sums[2] += stats.kv_tokens
-        sums[3] += stats.prefill_tokens
-        sums[4] += stats.prefill_context
-        sums[5] += seconds
-        if sums[0] >= PROMPT_STEPS or self.steps <= MIN_STEPS:
-            self._update(*sums)
-            self._prompt_sums = [0.0] * 6
+    def _knot_s(self, knot: int) -> float:
+        """From a knot seen to one that is not the curve rises as it was thought to at first."""
+        anchor = self._anchor[knot]
+        if anchor == knot or anchor < 0:
+            return self._values[knot]
+        return self._values[anchor] + self._prior[knot] - self._prior[anchor]
 
-    def _take_prior(self, prior: StepCosts) -> None:
-        values = (
-            prior.base_s,
-            prior.per_request_s,
-            prior.per_kv_token_s,
-            prior.per_prompt_token_s,
-            prior.per_prompt_context_s,
+    def _hoped_s(self, knot: int) -> float:
+        """Less its deviation: where seen, that of the drift since; just beyond, that of a first guess."""
+        if last := self._last[knot]:
+            return self._values[knot] * (1.0 - min(PRIOR_DEVIATION, DRIFT * math.sqrt(self.steps - last)))
+        value = self._knot_s(knot)
+        anchor = self._anchor[knot]
+        if anchor < 0 or knot > anchor + FRONTIER:
+            return value
+        return max((1.0 - PRIOR_DEVIATION) * value, STEEPEST_FALL * self._values[anchor])
+
+    def _see(self, knot: int) -> bool:
+        """A step has much of its weight on the knot. Whether one had before."""
+        last = self._last[knot]
+        self._last[knot] = self.steps
+        if last:
+            drift = DRIFT_SQUARED * (self.steps - last)
+            self._variances[knot] += (drift if drift < WIDEST else WIDEST) * self._values[knot] ** 2
+            return True
+        value = self._values[knot] = self._knot_s(knot)
+        self._anchor[knot:] = [max(knot, anchor) for anchor in self._anchor[knot:]]
+        self._variances[knot] = WIDEST * value**2
+        return False
+
+    def _drift_scalars(self, least: float) -> None:
+        """Let variances grow by what a, k, h and q may have changed in DRIFT_STEPS steps."""
+        drift = DRIFT_STEPS * DRIFT_SQUARED
+        a, k, h, q = (
+            min(widest, variance + drift * max(value, least) ** 2)
+            for widest, variance, value in zip(
+                self._widest, self._scalar_variances, self._scalars, strict=True
+            )
         )
-        self._coefficients = [value * scale for value, scale in zip(values, self._scale, strict=True)]
-        # A coefficient that the prior has at zero may turn out not to be: it gets some room too.
-        floor = 0.1 * max(self._coefficients)
-        deviations = [PRIOR_DEVIATION * max(value, floor) / NOISE for value in self._coefficients]
-        self._set_covariance([deviation * deviation for deviation in deviations])
-        self._publish()
-
-    def _take_weak_prior(self, seconds: float) -> None:
-        """Nothing is known but the time of one step: each coefficient may be many times that."""
-        deviations = [seconds, 4 * seconds, 4 * seconds, 16 * seconds, 16 * seconds]
-        self._set_covariance([(deviation / NOISE) ** 2 for deviation in deviations])
-
-    def _set_covariance(self, diagonal: list[float]) -> None:
-        self._initial = diagonal
-        self._covariance = [
-            [diagonal[row] if row == column else 0.0 for column in range(SIZE)] for row in range(SIZE)
-        ]
-
-    def _update(
-        self, count: float, n: float, kv: float, prompt: float, context: float, seconds: float
-    ) -> None:
-        """One observation: `count` steps whose features and times add up to these."""
-        if not self._covariance:
-            self._take_weak_prior(seconds / count)
-        root = count**0.5
-        scale, weight = self._scale, root / seconds
-        # In units of the observed time; the mean of `count` steps has 1 / count of the variance.
-        x0, x1, x2 = count * weight, n / scale[1] * weight, kv / scale[2] * weight
-        x3, x4 = prompt / scale[3] * weight, context / scale[4] * weight
-        rows = self._covariance
-        g = [r[0] * x0 + r[1] * x1 + r[2] * x2 + r[3] * x3 + r[4] * x4 for r in rows]
-        spread = x0 * g[0] + x1 * g[1] + x2 * g[2] + x3 * g[3] + x4 * g[4]
-        if not spread > 0.0:
-            self._set_covariance(self._initial)
-            return
-        theta = self._coefficients
-        error = root - (x0 * theta[0] + x1 * theta[1] + x2 * theta[2] + x3 * theta[3] + x4 * theta[4])
-        gain = error / (1.0 + spread)
-        self._coefficients = [value + gain * along for value, along in zip(theta, g, strict=True)]
-        self._shrink_covariance(g, spread)
-        self._drift(count)
-        self._keep_non_negative()
-        self._publish()
-
-    def _shrink_covariance(self, g: list[float], spread: float) -> None:
-        """By what was observed: g = covariance x and spread = x' covariance x of the features x."""
-        for row, along in zip(self._covariance, g, strict=True):
-            factor = along / (1.0 + spread)
-            row[0] -= factor * g[0]
-            row[1] -= factor * g[1]
-            row[2] -= factor * g[2]
-            row[3] -= factor * g[3]
-            row[4] -= factor * g[4]
-
-    def _drift(self, count: float) -> None:
-        """Grow the variance of each coefficient by what it may have changed in `count` steps, up to
-        what it was before anything was known."""
-        theta = self._coefficients
-        least = LEAST_SHARE * max(theta)
-        for index, row in enumerate(self._covariance):
-            variance = row[index]
-            if variance < self._initial[index]:
-                row[index] = variance + count * (DRIFT / NOISE * max(theta[index], least)) ** 2
-
-    def _keep_non_negative(self) -> None:
-        """Set negative coefficients to zero, the most negative first, and move the others by what that
-        says of them, so that the fit to what was observed suffers least. What is zero stays so."""
-        theta = self._coefficients
-        rows = self._covariance
-        while (lowest := min(theta)) < 0.0:
-            index = theta.index(lowest)
-            given = rows[index]
-            spread = given[index]
-            if not spread > 0.0:
-                self._coefficients = [max(0.0, value) for value in theta]
-                return
-            ratios = [value / spread for value in given]
-            theta = [value - lowest * ratio for value, ratio in zip(theta, ratios, strict=True)]
-            theta[index] = 0.0
-            rows = [
-                [value - given[i] * ratio for value, ratio in zip(rows[i], ratios, strict=True)]
-                for i in range(SIZE)
-            ]
-            # Exactly, not but for rounding: a later step must not move it again.
-            rows[index] = [0.0] * SIZE
-            for row in rows:
-                row[index] = 0.0
-        self._coefficients = theta
-
-    def _publish(self) -> None:
-        theta, scale = self._coefficients, self._scale
-        self.base_s = theta[0]
-        self.per_request_s = theta[1] / scale[1]
-        self.per_kv_token_s = theta[2] / scale[2]
-        self.per_prompt_token_s = theta[3] / scale[3]
-        self.per_prompt_context_s = theta[4] / scale[4]
+        self._scalar_variances = (a, k, h, q)
