@@ -172,6 +172,20 @@ def test_only_interactive_requests_bind_the_interactive_target() -> None:
     assert autoscaler.on_interactive(plant.now) is None
 
 
+def test_a_target_that_no_step_keeps_does_not_serve_one_request_at_a_time() -> None:
+    """Nor once the machine is quick again are steps longer than they may be."""
+    autoscaler = adaptive(0.8)
+    plant = Plant(autoscaler)
+    plant.run(2000)
+    assert autoscaler.limits.max_running > 20
+    assert max(plant.times[-100:]) < 3.0 * BATCH_1_S
+    autoscaler.set_targets(ItlTargets(3.0 * BATCH_1_S, 2.0))
+    plant.run(1000)
+    autoscaler.set_targets(ItlTargets(1.5 * BATCH_1_S, 2.0))
+    plant.run(3000)
+    assert late_share(plant, 1.5 * BATCH_1_S, 4000) <= 0.01
+
+
 def test_a_tight_first_token_makes_room_for_prompts() -> None:
     """Batch gives way for the prompt tokens that the most urgent request needs; interactive does not."""
 

@@ -39,6 +39,9 @@ TRIM_GAIN = 0.25
 MOST_TRIMMED = 0.01
 """Largest fall of trim in a window: late steps come in bursts, one after another."""
 LEAST_TRIM = 0.8
+HOPELESS_ALLOWANCE = 2.0
+"""Of a step with one request, what steps may take where even that misses the target: to serve one at
+a time would keep no promise either, and let the queue grow without bound."""
 BUSY = 0.8
 """Share of A that steps take on average where A is what holds them back."""
 NEAR = 0.9
@@ -177,9 +180,13 @@ class LimitController:
     # The allowance of a step.
 
     def _update_allowance(self) -> None:
-        """A = (1 - m) S trim / rho99"""
+        """A = (1 - m) S trim / rho99, but where one request alone misses S."""
         known = min(1.0, self._tail.samples / TRUSTED)
         margin = LARGEST_MARGIN + (SMALLEST_MARGIN - LARGEST_MARGIN) * known
+        alone_s = self._model.alone_s(self._kv_mean)
+        if self._target_s < min(alone_s, self._mean_s):
+            self._allowance_s = HOPELESS_ALLOWANCE * alone_s
+            return
         self._allowance_s = (1.0 - margin) * self._target_s * min(1.0, self._trim / self._tail.rho99)
 
     def _update_trim(self) -> None:

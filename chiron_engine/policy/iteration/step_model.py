@@ -138,6 +138,11 @@ class StepModel:
             seconds += self.prompt_step_s + self.per_prompt_context_s * prompt_context
         return seconds
 
+    def alone_s(self, kv_tokens: float) -> float:
+        """Of a step in which one request decodes and nothing else happens; 0 where steps with few tokens
+        were not seen."""
+        return self.seconds(1, kv_tokens, 0, 0.0) if self._last[0] else 0.0
+
     def most_tokens(self, room_s: float, per_token_s: float, most: int) -> int:
         """The largest x up to `most` with b(x) + per_token_s x <= room_s, 0 where there is none.
 
