@@ -77,7 +77,7 @@ class EngineCore:
     ) -> None:
         shape = executor.shape
         self.shape = shape
-        self.clock = clock if clock is not None else MonotonicClock()
+        self.clock = self._clock = clock if clock is not None else MonotonicClock()
         self._executor = executor
         self._max_queued_requests = max_queued_requests
         self._max_queued_tokens = max_queued_tokens
@@ -156,7 +156,7 @@ class EngineCore:
             and request.slo.slo_class is SloClass.INTERACTIVE
             and self.scheduler.num_requests[SloClass.INTERACTIVE] == 1
         ):
-            self._set(self._autoscaler.on_interactive(self.clock.now()))
+            self._set(self._autoscaler.on_interactive(self._clock.now()))
 
     def forget(self, request: Request) -> None:
         """Drop what is saved of a request that was handed back. Raises ValueError for any other."""
@@ -215,13 +215,13 @@ class EngineCore:
 
     def submit(self) -> bool:
         """Plan a step and hand it to the executor; False when there is nothing to do."""
-        started = self.clock.now()
+        started = self._clock.now()
         plan = self.scheduler.plan(started)
         if plan is None:
             return False
-        planned = self.clock.now()
+        planned = self._clock.now()
         handle = self._executor.submit(plan)
-        submit_s = self.clock.now() - planned
+        submit_s = self._clock.now() - planned
         self._in_flight.append(InFlight(handle, plan, planned - started, submit_s, self._take_handed_back()))
         return True
 
@@ -232,15 +232,15 @@ class EngineCore:
             output.handed_back = self._leave(self._take_handed_back())
             return output
         flight = self._in_flight.popleft()
-        began_waiting = self.clock.now()
+        began_waiting = self._clock.now()
         result = self._executor.collect(flight.handle)
-        arrived = self.clock.now()
+        arrived = self._clock.now()
         output = self.scheduler.commit(flight.plan, result, arrived)
         for request in output.finished:
             self._requests.pop(request.request_id, None)
         if flight.handed_back:
             output.handed_back = self._leave(flight.handed_back)
-        committed = self.clock.now()
+        committed = self._clock.now()
         if self._hooks or self._autoscaler is not None:
             stats = self._stats_of(flight, result, output, arrived)
             stats.wait_s = arrived - began_waiting
@@ -269,8 +269,8 @@ class EngineCore:
             if ready_at >= until or not scheduler.pass_quiet_step():
                 break
             executor.pass_step(ready_at)
-            began = self.clock.now()
-            self.clock.sleep_until(ready_at)
+            began = self._clock.now()
+            self._clock.sleep_until(ready_at)
             if self._hooks or self._autoscaler is not None:
                 stats = self._stats(scheduler.step - 1, requests, kv_tokens, seconds, ready_at)
                 stats.itl_interactive = requests - scheduler.num_running_batch
