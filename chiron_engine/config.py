@@ -24,6 +24,7 @@ class EngineConfig:
     threads: compute threads on the CPU; None takes all cores.
     max_queued_requests, max_queued_tokens: bounds of the waiting queue.
     step_log: a file that gets one JSON line per step; None writes none.
+    record_steps: a folder that gets a file to replay every plan from; None writes none.
     local_autoscaler: what resizes the running batch, by name; it keeps the inter-token latencies
     itl_slo_s while interactive requests are there, and batch_itl_slo_s otherwise.
     executor: torch, or simulated: no model, steps that take the time `profile` says, times `time_scale`.
@@ -48,6 +49,7 @@ class EngineConfig:
     max_queued_tokens: int = 1 << 20
     enable_prefix_caching: bool = True
     step_log: str | None = None
+    record_steps: str | None = None
     local_autoscaler: str = "adaptive"
     itl_slo_s: float = 0.2
     batch_itl_slo_s: float = 2.0

@@ -98,6 +98,13 @@ EXECUTOR_OPTIONS = dict(
         _entry(
             "profile", "--profile", str | None, "Step times of a simulated executor.", metavar="NAME|FILE"
         ),
+        _entry(
+            "record_steps",
+            "--record-steps",
+            str | None,
+            "Record each engine's run here, for `chiron replay`; holds prompts.",
+            metavar="DIR",
+        ),
         _entry("time_scale", "--time-scale", float, "Simulated steps take so many times as long."),
     )
 )

@@ -17,7 +17,7 @@ from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.core.real_time_executor import RealTimeExecutor, ScaledStepTimes
 from chiron_engine.core.simulated_tokens import SimulatedTokens
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
-from chiron_engine.serving.core_setup import LoadedModel, build_core, open_log
+from chiron_engine.serving.core_setup import LoadedModel, build_core, open_log, open_record
 from chiron_engine.sim.profile import Profile
 from chiron_engine.sim.profiles import load_profile
 
@@ -81,10 +81,10 @@ def simulated_shape(config: EngineConfig, profile: Profile, vocab_size: int) -> 
 
 
 def load_simulated(config: EngineConfig, resources: ExitStack) -> LoadedModel:
-    """A core over a latency profile. `resources` closes the step log.
+    """A core over a latency profile. `resources` closes what is logged.
 
     Raises what `fill_from_profile` raises, ModelError for a broken model directory, and ValueError where
-    the step log cannot be written.
+    a log cannot be written.
     """
     profile = load_profile(config.profile or "")
     directory = text_directory(config)
@@ -100,9 +100,9 @@ def load_simulated(config: EngineConfig, resources: ExitStack) -> LoadedModel:
     )
     swap_costs = SwapCosts(copy_s, copy_s, profile.fit.per_prompt_token_s * config.time_scale)
     costs = profile.fit.scaled(config.time_scale)
-    log = open_log(config.step_log, resources)
+    log, record = open_log(config.step_log, resources), open_record(config.record_steps, resources)
     return LoadedModel(
-        core=build_core(config, executor, log, swap_costs, costs),
+        core=build_core(config, executor, log, swap_costs, costs, record),
         name=config.served_model_name or Path(config.model).name,
         architecture=f"simulated {profile.name}",
         dtype=profile.name.rpartition("/")[2],

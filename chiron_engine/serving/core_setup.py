@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from chiron_engine.config import EngineConfig
+from chiron_engine.core.core_settings import CoreSettings
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import Executor
+from chiron_engine.core.step_record import RecordedCore, StepRecord
 from chiron_engine.core.step_stats import StepLog
-from chiron_engine.policy.iteration.autoscaler_inputs import EngineCapacity, ItlTargets
+from chiron_engine.policy.iteration.autoscaler_inputs import ItlTargets
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
-from chiron_engine.policy.iteration.local_autoscaler import make_local_autoscaler
 from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.runtime.torch_environment import prepare_environment
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Progress = Callable[[str, float], None]
 
@@ -47,10 +45,10 @@ def load_core(
     *,
     time_steps: bool = False,
 ) -> LoadedModel:
-    """Load a model and put a core over it. `resources` closes both, and the step log.
+    """Load a model and put a core over it. `resources` closes both, and what is logged.
 
-    Takes seconds, imports torch. Raises what `build_executor` raises, and ValueError where the step
-    log cannot be written, or where the executor is not torch.
+    Takes seconds, imports torch. Raises what `build_executor` raises, and ValueError where a log
+    cannot be written, or where the executor is not torch.
     """
     if config.executor != "torch":
         raise ValueError(f"a model needs the executor torch, not {config.executor}")
@@ -58,10 +56,10 @@ def load_core(
     from chiron_engine.runtime.build import build_executor
     from chiron_engine.runtime.trial_steps import measure_step_costs, measure_swap_costs
 
-    log = open_log(config.step_log, resources)
+    log, record = open_log(config.step_log, resources), open_record(config.record_steps, resources)
     executor, spec = build_executor(config, progress)
     resources.callback(executor.close)
-    core = build_core(config, executor, log, measure_swap_costs(executor))
+    core = build_core(config, executor, log, measure_swap_costs(executor), record=record)
     return LoadedModel(
         core=core,
         name=config.served_model_name or spec.name,
@@ -79,22 +77,21 @@ def build_core(
     log: StepLog | None = None,
     swap_costs: SwapCosts | None = None,
     costs: StepCosts | None = None,
+    record: StepRecord | None = None,
 ) -> EngineCore:
-    """costs: of steps, where they are known beforehand. Raises ValueError for an unknown local
-    autoscaler."""
-    shape = executor.shape
-    capacity = EngineCapacity(
-        shape.max_slots, shape.max_step_tokens, shape.block_size, shape.num_device_blocks * shape.block_size
+    """costs: of steps, where they are known beforehand. record: where to record its run. Raises
+    ValueError for an unknown local autoscaler."""
+    settings = CoreSettings(
+        executor.shape,
+        config.local_autoscaler,
+        ItlTargets(config.itl_slo_s, config.batch_itl_slo_s),
+        costs,
+        swap_costs if swap_costs is not None else SwapCosts(),
+        config.enable_prefix_caching,
+        config.max_queued_requests,
+        config.max_queued_tokens,
     )
-    targets = ItlTargets(config.itl_slo_s, config.batch_itl_slo_s)
-    core = EngineCore(
-        executor,
-        local_autoscaler=make_local_autoscaler(config.local_autoscaler, capacity, targets, costs),
-        enable_prefix_caching=config.enable_prefix_caching,
-        swap_costs=swap_costs,
-        max_queued_requests=config.max_queued_requests,
-        max_queued_tokens=config.max_queued_tokens,
-    )
+    core = settings.build(executor) if record is None else RecordedCore(settings, executor, record)
     if log is not None:
         core.add_step_hook(log)
     return core
@@ -107,3 +104,14 @@ def open_log(path: str | None, resources: ExitStack) -> StepLog | None:
         return resources.enter_context(StepLog(path))
     except OSError as error:
         raise ValueError(f"cannot write the step log {path}: {error.strerror}") from error
+
+
+def open_record(folder: str | None, resources: ExitStack) -> StepRecord | None:
+    if folder is None:
+        return None
+    try:
+        record = StepRecord(Path(folder))
+    except OSError as error:
+        raise ValueError(f"cannot record steps in {folder}: {error.strerror}") from error
+    resources.callback(record.close)
+    return record
