@@ -7,7 +7,7 @@ import sys
 import typer
 
 from chiron_engine import __version__
-from chiron_engine.commands import bench, calibrate, doctor, engine, generate, serve, simulate
+from chiron_engine.commands import batch, bench, calibrate, doctor, engine, generate, serve, simulate
 from chiron_engine.commands.exits import CommandError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("engine")(engine.engine)
 app.command("generate")(generate.generate)
+app.add_typer(batch.app, name="batch")
 app.command("simulate")(simulate.simulate)
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)

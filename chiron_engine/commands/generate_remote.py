@@ -6,7 +6,6 @@ import asyncio
 import json
 import sys
 
-import grpc
 import grpc.aio
 
 from chiron_engine.rpc import client
@@ -14,7 +13,7 @@ from chiron_engine.rpc.client import InferenceClient
 from chiron_engine.rpc.v1 import inference_pb2, types_pb2
 
 from .console import note
-from .exits import CommandError, usage_error
+from .remote_errors import remote_failure
 from .request_options import RequestOptions
 
 CONCURRENT = 64
@@ -50,7 +49,7 @@ class RemoteGenerator:
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()
         except grpc.aio.AioRpcError as error:
-            raise self._failure(error) from None
+            raise remote_failure(self._address, error) from None
         print(flush=True)
 
     async def _print_json(self, inference: InferenceClient, prompts: list[str]) -> int:
@@ -66,7 +65,7 @@ class RemoteGenerator:
                 line = await answering
             except grpc.aio.AioRpcError as error:
                 failed += 1
-                line = {"error": self._failure(error).message}
+                line = {"error": remote_failure(self._address, error).message}
                 note(f"chiron: {line['error']}")
             print(json.dumps(line, ensure_ascii=False), flush=True)
         return failed
@@ -105,14 +104,6 @@ class RemoteGenerator:
         else:
             request.text = prompt
         return request
-
-    def _failure(self, error: grpc.aio.AioRpcError) -> CommandError:
-        code, details = error.code(), error.details() or "no details"
-        if code is grpc.StatusCode.INVALID_ARGUMENT:
-            return usage_error(details)
-        if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():
-            return CommandError(f"no server answers at {self._address}; is `chiron serve` running?")
-        return CommandError(f"the server at {self._address} answers {code.name}: {details}")
 
 
 def _output_fields(chunks: list[inference_pb2.GenerateChunk]) -> dict[str, object]:

@@ -1,0 +1,232 @@
+"""`chiron batch` against a server with simulated engines, whose tokens a test can tell; and what is left
+of a batch when the server is killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from chiron_engine.commands.simulated_engine import VOCABULARY_WITHOUT_TOKENIZER as VOCABULARY
+from chiron_engine.core.simulated_tokens import SimulatedTokens
+from tests.cli.chiron_process import CHIRON, Server, chiron
+from tests.cli.test_simulated_engine import PROFILE, address_in
+
+ENGINE = ["serve", "anything", "--executor", "simulated", "--profile", PROFILE]
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return str(listener.getsockname()[1])
+
+
+def server(directory: Path, port: str, *more: str) -> Server:
+    return Server([*ENGINE, "--grpc-port", port, "--state-dir", str(directory), *more])
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with server(tmp_path_factory.mktemp("state"), "0") as running:
+        yield address_in(running.wait_ready())
+
+
+def batch_lines(count: int, tokens: int) -> str:
+    """The prompt of line n is [5, n] and its seed n."""
+    fields = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    lines = ({"custom_id": f"line-{n}", "token_ids": [5, n], "seed": n, **fields} for n in range(count))
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def expected(number: int, count: int) -> list[int]:
+    tokens = SimulatedTokens(VOCABULARY, VOCABULARY - 1, 1)
+    sequence = [5, number]
+    for _ in range(count):
+        sequence.append(tokens._follower(number, len(sequence), sequence[-1]))
+    return sequence[2:]
+
+
+def check_results(text: str, count: int, tokens: int) -> None:
+    results = [json.loads(line) for line in text.splitlines()]
+    assert [result["custom_id"] for result in results] == [f"line-{n}" for n in range(count)]
+    for number, result in enumerate(results):
+        assert result["state"] == "done", result
+        assert result["token_ids"] == expected(number, tokens)
+        assert result["finish_reason"] == "length"
+
+
+def batch(*arguments: str, at: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return chiron("batch", *arguments, "--server", at, stdin=stdin, timeout=60)
+
+
+def json_of(result: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    assert result.returncode == 0, result.stderr
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+def test_submit_show_list_fetch_cancel(address: str, tmp_path: Path) -> None:
+    submitted = batch(
+        "submit", "-", "--name", "first", "--metadata", "a=b", at=address, stdin=batch_lines(40, 9)
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    batch_id = submitted.stdout.strip()
+    file = tmp_path / "results.jsonl"
+    fetched = batch("fetch", batch_id, "--wait", "--output", str(file), at=address)
+    assert (fetched.returncode, fetched.stdout) == (0, "")
+    check_results(file.read_text(), 40, 9)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+    shown = json_of(batch("show", batch_id, "--json", at=address))
+    assert (shown["status"], shown["name"], shown["metadata"]) == ("completed", "first", {"a": "b"})
+    assert "40 done" in batch("show", batch_id, at=address).stdout
+    assert batch_id in batch("list", at=address).stdout
+
+    slow = json_of(batch("submit", "-", "--json", at=address, stdin=batch_lines(3, 50_000)))
+    assert json_of(batch("list", "--limit", "1", "--json", at=address))["batch_id"] == slow["batch_id"]
+    cancelled = json_of(batch("cancel", str(slow["batch_id"]), "--json", at=address))
+    assert cancelled["status"] in ("cancelling", "cancelled")
+    end = batch("fetch", str(slow["batch_id"]), "--wait", at=address)
+    assert end.returncode == 1
+    states = [
+        (result["state"], result["error"]["code"]) for result in map(json.loads, end.stdout.splitlines())
+    ]
+    assert states == [("cancelled", "batch_cancelled")] * 3
+
+
+def test_the_same_id_again_stores_nothing_twice(address: str) -> None:
+    arguments = ("submit", "-", "--id", "mine", "--json")
+    first = json_of(batch(*arguments, at=address, stdin=batch_lines(5, 4)))
+    again = json_of(batch(*arguments, at=address, stdin=batch_lines(5, 4)))
+    assert (first["batch_id"], again["created"]) == ("mine", first["created"])
+    other = batch(*arguments, at=address, stdin=batch_lines(6, 4))
+    assert other.returncode == 1
+    assert "other content" in other.stderr
+    waited = batch("submit", "-", "--id", "mine", "--wait", at=address, stdin=batch_lines(5, 4))
+    assert waited.returncode == 0
+    check_results(waited.stdout, 5, 4)
+
+
+def test_what_openai_clients_write_is_taken(tiny_llama: Path, tmp_path: Path) -> None:
+    """Also: text in and out, and a stop string."""
+    chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]}
+    body = {"model": str(tiny_llama), "max_completion_tokens": 30, "seed": 1, "ignore_eos": True, "n": 1}
+    url = {"method": "POST", "url": "/v1/chat/completions"}
+    whole = {"custom_id": "a", **url, "body": {**body, **chat}}
+    arguments = ["serve", str(tiny_llama), *ENGINE[2:], "--state-dir", str(tmp_path), "--grpc-port", "0"]
+    with Server([*arguments, "--max-num-seqs", "64"]) as running:
+        at = address_in(running.wait_ready())
+        first = json.loads(batch("submit", "-", "--wait", at=at, stdin=json.dumps(whole)).stdout)
+        assert len(first["token_ids"]) == 30
+        stop = first["text"][5:8]
+        stopped = {"custom_id": "b", **url, "body": {**body, **chat, "stop": stop}}
+        second = json.loads(batch("submit", "-", "--wait", at=at, stdin=json.dumps(stopped)).stdout)
+    assert first["text"].startswith(second["text"] + stop)
+    assert second["finish_reason"] == "stop"
+    assert second["usage"]["completion_tokens"] == len(second["token_ids"]) < 30
+
+
+BAD_LINES = [
+    ("{", "line 1: no JSON"),
+    ("[]", "must be a JSON object"),
+    ('{"prompt": "a"}', "custom_id is null"),
+    ('{"custom_id": "a"}', "has no prompt"),
+    ('{"custom_id": "a", "prompt": "a", "messages": []}', "prompt and messages"),
+    ('{"custom_id": "a", "prompt": "a", "logprobs": true}', 'unknown field "logprobs"'),
+    ('{"custom_id": "a", "prompt": "a", "n": 2}', "n must be 1"),
+    ('{"custom_id": "a", "prompt": "a", "max_tokens": "9"}', 'max_tokens is "9"; it must be a whole number'),
+    ('{"custom_id": "a", "prompt": "a", "max_tokens": true}', "must be a whole number"),
+    ('{"custom_id": "a", "prompt": [1, "b"]}', "a string or a list of token ids"),
+    ('{"custom_id": "a", "token_ids": [-1]}', "line 1"),
+    ('{"custom_id": "a", "body": {"prompt": "a"}, "url": "/v1/embeddings"}', "must be one of"),
+    ('{"custom_id": "a", "body": {"prompt": "a"}, "seed": 1}', "belongs inside"),
+    ('{"custom_id": "a", "messages": [{"role": "user"}]}', "messages[0]"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_LINES, ids=lambda value: value[:50])
+def test_a_line_that_is_no_request_is_named(line: str, words: str) -> None:
+    from chiron_engine.commands.batch_file import BatchFileError, read_lines
+
+    with pytest.raises(BatchFileError) as error:
+        list(read_lines([line]))
+    assert words in str(error.value)
+
+
+def test_what_cannot_be_done_has_its_exit_code(address: str, tmp_path: Path) -> None:
+    late = json.dumps({"custom_id": "a", "token_ids": [1], "max_tokens": 4, "deadline_s": -1})
+    twice = json.dumps({"custom_id": "a", "token_ids": [1], "max_tokens": 4}) + "\n"
+    cases: Sequence[tuple[int, str, Sequence[str], str]] = [
+        (2, "custom_id", ("submit", "-"), "{}"),
+        (2, "deadline_s is -1", ("submit", "-"), late),
+        (2, "same custom_id", ("submit", "-"), 2 * twice),
+        (2, "no lines", ("submit", "-"), ""),
+        (2, "--wait", ("submit", "-", "--output", "x"), twice),
+        (2, "KEY=VALUE", ("submit", "-", "--metadata", "a"), twice),
+        (2, "/no/such", ("submit", "/no/such"), ""),
+        (2, "completion_window_s", ("submit", "-", "--completion-window", "0s"), twice),
+        (1, "no batch with the id", ("show", "nothing"), ""),
+        (1, "no batch with the id", ("fetch", "nothing"), ""),
+        (1, "no batch with the id", ("cancel", "nothing"), ""),
+    ]
+    for code, words, arguments, stdin in cases:
+        result = batch(*arguments, at=address, stdin=stdin)
+        assert (result.returncode, result.stdout) == (code, ""), result.stderr
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+    nobody = batch("list", at="127.0.0.1:1")
+    assert nobody.returncode == 1
+    assert "no server answers" in nobody.stderr
+
+
+def test_a_state_directory_has_one_server(tmp_path: Path) -> None:
+    with server(tmp_path, "0") as first:
+        first.wait_ready()
+        with server(tmp_path, "0") as second:
+            assert second.wait(30) == 2
+            assert f"in use by process {first.process.pid}" in second.stderr
+            assert "Traceback" not in second.stderr
+
+
+def test_a_directory_that_cannot_be_used_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with server(tmp_path / "file" / "below", "0") as running:
+        assert running.wait(30) == 2
+        assert "--state-dir" in running.stderr
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_each_line_once(tmp_path: Path) -> None:
+    """Five times; each time on the same port and directory, while a client waits for the results."""
+    randomness = random.Random(7)
+    port, count, tokens = free_port(), 120, 200
+    at = f"127.0.0.1:{port}"
+    options = ("--max-num-seqs", "16")
+    with server(tmp_path, port, *options) as running:
+        running.wait_ready()
+        submitted = batch("submit", "-", "--id", "b", at=at, stdin=batch_lines(count, tokens))
+        assert submitted.returncode == 0, submitted.stderr
+        client = subprocess.Popen(
+            [*CHIRON, "batch", "fetch", "b", "--wait", "--server", at], stdout=subprocess.PIPE, text=True
+        )
+        running.process.kill()
+        running.wait()
+    unfinished = 0
+    for _ in range(4):
+        with server(tmp_path, port, *options) as running:
+            running.wait_ready()
+            time.sleep(randomness.uniform(0.0, 1.5))
+            lines = json_of(batch("show", "b", "--json", at=at))["lines"]
+            assert isinstance(lines, dict)
+            unfinished += lines["done"] < count
+            running.process.kill()
+            running.wait()
+    assert unfinished, "every kill came after the end; make the batch longer"
+    with server(tmp_path, port, *options):
+        output, _ = client.communicate(timeout=120)
+    assert client.returncode == 0
+    check_results(output, count, tokens)
