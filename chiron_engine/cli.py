@@ -7,7 +7,7 @@ import sys
 import typer
 
 from chiron_engine import __version__
-from chiron_engine.commands import batch, bench, calibrate, doctor, engine, generate, serve, simulate
+from chiron_engine.commands import batch, bench, calibrate, doctor, engine, generate, replay, serve, simulate
 from chiron_engine.commands.exits import CommandError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(batch.app, name="batch")
 app.command("simulate")(simulate.simulate)
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
+app.command("replay")(replay.replay)
 app.command("doctor")(doctor.doctor)
 
 
