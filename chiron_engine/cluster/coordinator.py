@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from chiron_engine.policy.fleet.autoscalers import make_global_autoscaler
+from chiron_engine.policy.fleet.capacity import target_out_of_reach
 from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.policy.fleet.fleet_state import FleetState
 from chiron_engine.policy.fleet.messages import (
@@ -70,13 +71,15 @@ class Coordinator:
         initial_engines: int = 1,
         event_log: EventLog | None = None,
         clock: Callable[[], float] = time.monotonic,
+        model: str | None = None,
     ) -> None:
-        """policy: name of the global autoscaler. launcher: None where engines come by themselves."""
+        """policy: name of the global autoscaler. launcher: None where engines come by themselves. model:
+        the only one that engines may bring; where None, the first engine says."""
         self.config = config
         self.clock = clock
         self.started_at = clock()
         self.fleet: FleetState | None = None
-        self.roster = EngineRoster(launcher, config, clock, self)
+        self.roster = EngineRoster(launcher, config, clock, self, model)
         self._policy = policy
         self._initial_engines = initial_engines
         self._event_log = event_log
@@ -111,11 +114,9 @@ class Coordinator:
         self._listeners.append(listener)
 
     def start(self) -> None:
-        """Launch the first engines, and begin to tick."""
+        """Take over or launch the first engines, and begin to tick."""
         self.roster.spawn(self._keep_ticking())
-        if self.roster.can_launch:
-            for instance_id in range(self._initial_engines):
-                self.roster.launch(instance_id)
+        self._initial_engines = self.roster.start(self._initial_engines)
 
     async def close(self) -> None:
         """End what is left of the requests, then the engines that were launched."""
@@ -281,9 +282,11 @@ class Coordinator:
     def first_registered(self, register: coordinator_pb2.Register, load_s: float) -> None:
         """From now on the policy rules."""
         spec, now = _spec(register, load_s), self.clock()
+        if (reason := target_out_of_reach(spec, self.config)) is not None:
+            log.warning("%s; requests are served with longer gaps", reason)
         autoscaler = make_global_autoscaler(self._policy, self.config, spec)
         self.fleet = FleetState(spec, self.config, autoscaler)
-        initial = self._initial_engines if self.roster.can_launch else 0
+        initial = self._initial_engines
         if self._event_log is not None:
             self._event_log.begin(self._policy, spec, self.config, initial, now)
         for launch in self.fleet.start(initial, now):

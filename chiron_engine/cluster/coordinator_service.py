@@ -29,12 +29,19 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             raise invalid_argument("the first report of an engine must be a Register")
         engine = self._coordinator.roster.joined(first.register)
         sender = asyncio.create_task(_send_orders(engine, context))
+        reader = asyncio.create_task(self._read(engine, reports))
         try:
-            async for report in reports:
-                if report.WhichOneof("report") == "telemetry":
-                    self._coordinator.roster.reported(engine, report.telemetry)
+            await asyncio.wait([sender, reader], return_when=asyncio.FIRST_COMPLETED)
         finally:
             sender.cancel()
+            reader.cancel()
+            await asyncio.gather(sender, reader, return_exceptions=True)
+
+    async def _read(self, engine: Engine, reports: AsyncIterator[coordinator_pb2.EngineReport]) -> None:
+        async for report in reports:
+            if report.WhichOneof("report") == "telemetry":
+                self._coordinator.roster.reported(engine, report.telemetry)
+        self._coordinator.roster.left(engine)
 
     async def GetFleet(
         self, request: coordinator_pb2.GetFleetRequest, context: grpc.aio.ServicerContext
@@ -54,6 +61,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
 
 async def _send_orders(engine: Engine, context: grpc.aio.ServicerContext) -> None:
+    """Until the engine is given up: its line ends then, and if it lives it joins anew."""
     orders = engine.orders
     while (order := await orders.get()) is not None:
         await context.write(order)

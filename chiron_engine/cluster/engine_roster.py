@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import grpc
 
+from chiron_engine import __version__
 from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.policy.fleet.messages import (
     FleetEvent,
@@ -17,13 +19,15 @@ from chiron_engine.policy.fleet.messages import (
     InstanceLost,
     InstanceReady,
     LaunchFailed,
+    RetireAsked,
     Role,
     SetRole,
 )
 from chiron_engine.rpc.engine_link import EngineLink
-from chiron_engine.rpc.errors import RpcFailure
+from chiron_engine.rpc.errors import RpcFailure, unavailable
 from chiron_engine.rpc.v1 import coordinator_pb2
 
+from .engine_records import EngineRecord
 from .engines import Engine, Launcher, LaunchError, reported
 
 log = logging.getLogger(__name__)
@@ -35,7 +39,9 @@ STALLED_S = 30.0
 """Reports that show no step, with requests running, for so long: dead."""
 STOP_GRACE_S = 10.0
 KILL_GRACE_S = 0.0
-MUST_AGREE = ("model", "version", "max_model_len")
+ADOPT_WITHIN_S = 5.0
+"""For an engine of a coordinator before this one to come back; then another takes its place."""
+MUST_AGREE = ("model", "max_model_len")
 
 
 class RosterOwner(Protocol):
@@ -75,7 +81,10 @@ class EngineRoster:
         config: FleetConfig,
         clock: Callable[[], float],
         owner: RosterOwner,
+        model: str | None = None,
     ) -> None:
+        """model: name of the one that engines must have; where None, the first one's."""
+        self.coordinator_id = uuid.uuid4().hex
         self.engines: dict[int, Engine] = {}
         self.trouble = ""
         """Why launches fail; empty once one succeeds."""
@@ -85,6 +94,8 @@ class EngineRoster:
         self._config = config
         self._clock = clock
         self._owner = owner
+        self._model = model
+        self._has_started = False
         self._has_registered = False
         self._closing = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -98,6 +109,21 @@ class EngineRoster:
         return sum(engine.is_ready for engine in self.engines.values())
 
     # Orders.
+
+    def start(self, count: int) -> int:
+        """Take over the engines that are left of a coordinator before this one, and launch others until
+        there are `count`. Returns how many there are to be; their ids count from 0."""
+        self._has_started = True
+        if self._launcher is None:
+            return 0
+        survivors = list(self._launcher.survivors)
+        for instance_id, survivor in enumerate(survivors):
+            engine = self._add(instance_id)
+            engine.survivor = survivor
+            self.spawn(self._take_over(engine, self._launcher, survivor))
+        for instance_id in range(len(survivors), count):
+            self.launch(instance_id)
+        return max(count, len(survivors))
 
     def launch(self, instance_id: int) -> Engine:
         """Start an engine; the owner hears InstanceReady or LaunchFailed."""
@@ -116,22 +142,26 @@ class EngineRoster:
 
     def drain(self, engine: Engine) -> None:
         """Have it end once its requests have: the owner hears InstanceExited."""
-        engine.is_draining = True
-        if engine.is_ready:
-            _order_drain(engine)
-        else:
+        was_leaving, engine.is_draining = engine.is_draining, True
+        if not engine.is_ready:
             self.spawn(self._stop(engine, STOP_GRACE_S))
+        elif not was_leaving:
+            _order_drain(engine)
 
     # What engines say.
 
     def joined(self, register: coordinator_pb2.Register) -> Engine:
         """An engine has come, for the first time or again. Raises RpcFailure where it does not fit."""
+        if not self._has_started:
+            raise unavailable("the coordinator is starting", "starting")
         self._check(register)
         now = self._clock()
-        engine = self._known(register) or self._adopt(register)
+        engine = self._known(register) or self._add_joined(register)
         engine.heard_at = engine.progressed_at = now
         engine.orders = asyncio.Queue()
-        welcome = coordinator_pb2.Joined(instance_id=engine.instance_id, report_every_s=REPORT_EVERY_S)
+        welcome = coordinator_pb2.Joined(
+            instance_id=engine.instance_id, report_every_s=REPORT_EVERY_S, coordinator_id=self.coordinator_id
+        )
         engine.orders.put_nowait(coordinator_pb2.EngineOrder(joined=welcome))
         if engine.register is None:
             self._connect(engine, register)
@@ -149,6 +179,16 @@ class EngineRoster:
         engine.note(telemetry, self._clock())
         if engine.is_ready and telemetry.phase == "ready":
             self._owner.tell(reported(engine.instance_id, telemetry))
+        elif telemetry.phase == "draining" and not engine.is_draining:
+            engine.is_draining = True  # a signal ends it
+            self._owner.tell(RetireAsked(engine.instance_id))
+
+    def left(self, engine: Engine) -> None:
+        """Its line has ended. Where it said before that it takes no more, it is about to exit."""
+        if engine.telemetry is None or engine.telemetry.phase == "ready" or engine.is_launched:
+            return
+        if self.engines.get(engine.instance_id) is engine:
+            self.spawn(self._end(engine, "it has left"))
 
     # Their lives.
 
@@ -156,8 +196,9 @@ class EngineRoster:
         """End what does not answer or does not move; called every tick."""
         now = self._clock()
         for engine in list(self.engines.values()):
-            cause = _cause_of_death(engine, now)
+            cause = None if engine.is_dead else _cause_of_death(engine, now)
             if cause is not None:
+                engine.is_dead = True
                 self.spawn(self._bury(engine, cause))
 
     async def abandon(self) -> None:
@@ -190,6 +231,7 @@ class EngineRoster:
             self._launch_failed(engine, LaunchError("engines join this coordinator by themselves", 1))
             return
         engine.is_launched = True
+        engine.launched_at = self._clock()
         try:
             running = await self._launcher.launch(engine.instance_id)
         except LaunchError as error:
@@ -198,9 +240,36 @@ class EngineRoster:
             else:
                 self._launch_failed(engine, error)
             return
-        code = await asyncio.shield(running.exited)
+        await self._see_end(engine, running.exited)
+
+    async def _take_over(self, engine: Engine, launcher: Launcher, survivor: EngineRecord) -> None:
+        """Like `_run_process`, which is what becomes of it where the engine does not come back."""
+        engine.is_launched = True
+        try:
+            exited = launcher.adopt(engine.instance_id, survivor)
+        except LaunchError as error:
+            log.warning("engine %d cannot be taken over: %s", engine.instance_id, error)
+        else:
+            joined = asyncio.create_task(engine.joined.wait())
+            either: list[asyncio.Future[Any]] = [exited, joined]
+            await asyncio.wait(either, timeout=ADOPT_WITHIN_S, return_when=asyncio.FIRST_COMPLETED)
+            joined.cancel()
+            if engine.joined.is_set():
+                log.info("engine %d is process %d, taken over", engine.instance_id, survivor.pid)
+                await self._see_end(engine, exited)
+                return
+            log.warning("process %d did not come back as engine %d", survivor.pid, engine.instance_id)
+            await self._stop(engine, KILL_GRACE_S)
+        engine.survivor = None
+        if engine.is_draining:
+            await self._end(engine, "it did not come back")
+        else:
+            await self._run_process(engine)
+
+    async def _see_end(self, engine: Engine, exited: asyncio.Future[int | None]) -> None:
+        code = await asyncio.shield(exited)
         if not self._closing:
-            await self._end(engine, f"its process ended with code {code}")
+            await self._end(engine, "its process ended" + ("" if code is None else f" with code {code}"))
 
     def _launch_failed(self, engine: Engine, error: LaunchError) -> None:
         log.error("engine %d failed to start: %s", engine.instance_id, error)
@@ -211,16 +280,19 @@ class EngineRoster:
         self._owner.tell(LaunchFailed(engine.instance_id, str(error)))
 
     def _known(self, register: coordinator_pb2.Register) -> Engine | None:
-        """The engine that registers, if it was launched here or joined before."""
-        if not register.HasField("instance_id"):
+        """The engine that registers, if it was launched here, is to be taken over, or joined before."""
+        if register.coordinator_id not in ("", self.coordinator_id):  # its instance id is not of here
+            engine = next((e for e in self.engines.values() if _survives_as(e, register.boot_id)), None)
+        elif register.HasField("instance_id"):
+            engine = self.engines.get(register.instance_id)
+        else:
             return None
-        engine = self.engines.get(register.instance_id)
         if engine is None or (engine.register is not None and engine.register.boot_id != register.boot_id):
             return None
         return engine
 
-    def _adopt(self, register: coordinator_pb2.Register) -> Engine:
-        """An engine that this coordinator did not launch: started by hand, or by the one before it."""
+    def _add_joined(self, register: coordinator_pb2.Register) -> Engine:
+        """An engine that this coordinator did not launch: started by hand, or thought dead too soon."""
         self._register_first(register, self._config.tick_s)
         engine = self._add(self._owner.next_instance_id)
         target = self._config.itl_targets_s[0]
@@ -229,8 +301,13 @@ class EngineRoster:
         return engine
 
     def _connect(self, engine: Engine, register: coordinator_pb2.Register) -> None:
-        self._register_first(register, max(1.0, self._clock() - engine.launched_at))
+        survivor = engine.survivor
+        load_s = max(1.0, self._clock() - engine.launched_at if survivor is None else survivor.load_s)
+        self._register_first(register, load_s)
         engine.register = register
+        if self._launcher is not None and engine.is_launched:
+            self._launcher.joined(engine.instance_id, register.boot_id, load_s)
+        engine.joined.set()
         engine.link = EngineLink(register.address, lambda: self._link_changed(engine))
         engine.link.start()
 
@@ -277,23 +354,31 @@ class EngineRoster:
             await self._launcher.stop(engine.instance_id, grace_s)
 
     def _check(self, register: coordinator_pb2.Register) -> None:
-        """One model for all: those that joined before say which."""
+        """One version and one model for all. What else must agree, those that joined before say."""
+        if register.version != __version__:
+            raise _refused(f"version is {register.version}; this coordinator runs {__version__}")
+        if self._model is not None and register.model != self._model:
+            raise _refused(f"model is {register.model}; this coordinator serves {self._model}")
         known = next((e.register for e in self.engines.values() if e.register is not None), None)
         if known is None:
             return
         for name in MUST_AGREE:
             mine, theirs = getattr(known, name), getattr(register, name)
             if mine != theirs:
-                raise RpcFailure(
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                    f"{name} is {theirs}; the engines of this coordinator have {mine}",
-                    error_code="engine_refused",
-                )
+                raise _refused(f"{name} is {theirs}; the engines of this coordinator have {mine}")
 
     def _forget_task(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a task of the coordinator failed", exc_info=task.exception())
+
+
+def _refused(reason: str) -> RpcFailure:
+    return RpcFailure(grpc.StatusCode.FAILED_PRECONDITION, reason, error_code="engine_refused")
+
+
+def _survives_as(engine: Engine, boot_id: str) -> bool:
+    return engine.survivor is not None and engine.survivor.boot_id == boot_id
 
 
 def _order_drain(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from chiron_engine.rpc.engine_link import EngineLink
 from chiron_engine.rpc.token_stream import TokenStream
 from chiron_engine.rpc.v1 import coordinator_pb2
 
+from .engine_records import EngineRecord
 from .engine_report import EngineReady
 
 
@@ -24,15 +26,30 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class RunningEngine:
-    """A ready engine. `exited` ends with the exit code (negative: the signal that ended it)."""
+    """A ready engine. `exited` ends with the exit code (negative: the signal that ended it; None: it
+    is nobody's to know)."""
 
     instance_id: int
     ready: EngineReady
-    exited: asyncio.Future[int]
+    exited: asyncio.Future[int | None]
 
 
 class Launcher(Protocol):
     """Starts engine processes, which then join their coordinator."""
+
+    @property
+    def survivors(self) -> Sequence[EngineRecord]:
+        """Engines that a coordinator before this one launched, not taken over yet."""
+        ...
+
+    def adopt(self, instance_id: int, survivor: EngineRecord) -> asyncio.Future[int | None]:
+        """Take it over under this id, as if launched here. What is returned ends as
+        `RunningEngine.exited` does. Raises LaunchError where it has ended."""
+        ...
+
+    def joined(self, instance_id: int, boot_id: str, load_s: float) -> None:
+        """From now on the engine may go on without this process, and another may take it over."""
+        ...
 
     async def launch(self, instance_id: int) -> RunningEngine:
         """Start an engine and wait until it is ready. Raises LaunchError."""
@@ -49,15 +66,19 @@ class Launcher(Protocol):
 class Engine:
     """One engine process, from its launch or its joining to its end.
 
-    role: as last ordered. is_launched: by our launcher, which can stop it. orders: to be sent down its
-    line. streams: requests that run there, by key; `adrift` are those that wait for its link to
-    come back. is_draining: it was told to end.
+    role: as last ordered. is_launched: by our launcher, which can stop it. survivor: what is known of
+    one that another coordinator launched. joined: set when it has come. orders: to be sent down its
+    line. streams: requests that run there, by key; `adrift` are those that wait for its link to come
+    back. is_draining: it was told to end, or is about to by itself. is_dead: taken for dead, and being
+    ended.
     """
 
     instance_id: int
     launched_at: float
     role: SetRole | None = None
     is_launched: bool = False
+    survivor: EngineRecord | None = None
+    joined: asyncio.Event = field(default_factory=asyncio.Event)
     register: coordinator_pb2.Register | None = None
     link: EngineLink | None = None
     telemetry: coordinator_pb2.Telemetry | None = None
@@ -65,6 +86,7 @@ class Engine:
     progressed_at: float = 0.0
     is_ready: bool = False
     is_draining: bool = False
+    is_dead: bool = False
     orders: asyncio.Queue[coordinator_pb2.EngineOrder | None] = field(default_factory=asyncio.Queue)
     streams: dict[int, TokenStream] = field(default_factory=dict)
     adrift: dict[int, TokenStream] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from typer import Option
 from chiron_engine.config import EngineConfig, GatewayConfig
 
 from .console import LoadPhases, note
+from .engine_address import fleet_addresses
 from .engine_options import engine_config, with_engine_options, with_executor_options
 from .example_request import example_request
 from .exits import CommandError, load_errors, port_errors, usage_error
@@ -47,8 +48,13 @@ def engine(
         str | None,
         Option("--advertise-host", help="Where the fleet's gateways reach this engine, with --join."),
     ] = None,
+    orphan_timeout: Annotated[
+        float,
+        Option("--orphan-timeout", help="Seconds without its coordinator, then it drains and ends.", min=0.1),
+    ] = 120.0,
     instance_id: Annotated[int | None, Option(hidden=True)] = None,
     parent_pid: Annotated[int | None, Option(hidden=True)] = None,
+    outlives_parent: Annotated[bool, Option("--outlive-parent", hidden=True)] = False,
 ) -> None:
     """Run one engine: alone, answering clients through a gateway beside it, or in a fleet."""
     config = engine_config(model, {**engine, **executor_options})
@@ -60,7 +66,9 @@ def engine(
         sys.exit(_run_headless(config, listen, parent_pid) if headless else _run_alone(config, listen))
     from chiron_engine.serving.fleet_member import Join
 
-    sys.exit(_run_headless(config, listen, parent_pid, Join(join, instance_id, advertise_host)))
+    listen, advertised = fleet_addresses(listen, join, advertise_host)
+    membership = Join(join, instance_id, advertised, orphan_timeout)
+    sys.exit(_run_headless(config, listen, parent_pid, membership, outlives_parent=outlives_parent))
 
 
 def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
@@ -90,11 +98,17 @@ def _run_alone(config: EngineConfig, listen: GatewayConfig) -> int:
 
 
 def _run_headless(
-    config: EngineConfig, listen: GatewayConfig, parent_pid: int | None, join: Join | None = None
+    config: EngineConfig,
+    listen: GatewayConfig,
+    parent_pid: int | None,
+    join: Join | None = None,
+    *,
+    outlives_parent: bool = False,
 ) -> int:
-    """A failure is a report too: the parent tells its cause."""
+    """A failure is a report too: the parent tells its cause. outlives_parent: from when a coordinator
+    knows the engine; one that still loads ends with its parent in any case."""
     from chiron_engine.cluster.engine_report import EngineFailed, EngineReady, LoadPhase
-    from chiron_engine.cluster.parent_death import die_with_parent
+    from chiron_engine.cluster.parent_death import die_with_parent, outlive_parent
 
     from .engine_runner import EngineRunner
     from .report_channel import ReportChannel
@@ -114,7 +128,9 @@ def _run_headless(
         channel.send(LoadPhase(phase, fraction))
 
     try:
-        return asyncio.run(EngineRunner(config, listen, progress, join).run(announce))
+        runner = EngineRunner(config, listen, progress, join)
+        on_joined = outlive_parent if outlives_parent else lambda: None
+        return asyncio.run(runner.run(announce, on_joined=on_joined))
     except CommandError as error:
         channel.send(EngineFailed(error.code, error.message))
         return error.code

@@ -39,8 +39,10 @@ class EngineRunner:
         self,
         on_ready: Callable[[int, LoadedModel], None],
         companion: Callable[[str], Companion] | None = None,
+        on_joined: Callable[[], None] = lambda: None,
     ) -> int:
-        """Until a signal stops it. on_ready(port, model): called once. Raises CommandError."""
+        """Until a signal stops it. on_ready(port, model): called once. on_joined: whenever a coordinator
+        has taken it in; on the main thread. Raises CommandError."""
         shutdown = Shutdown(self._listen.drain_timeout_s)
         shutdown.install()
         with self._resources, port_errors():
@@ -56,6 +58,7 @@ class EngineRunner:
                     companion=companion,
                     join=self._join,
                     on_ready=lambda port: on_ready(port, self._loaded),
+                    on_joined=on_joined,
                 )
             except (EngineFailed, EngineRefused) as error:
                 raise CommandError(str(error)) from error

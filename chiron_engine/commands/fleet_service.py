@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from chiron_engine.cluster.batch_service import BATCH_SERVICE
 from chiron_engine.cluster.coordinator import Coordinator
 from chiron_engine.cluster.coordinator_service import CoordinatorService
+from chiron_engine.cluster.engine_records import EngineRecords, can_outlive
 from chiron_engine.cluster.engine_report import LoadPhase
 from chiron_engine.cluster.event_log import EventLog
 from chiron_engine.cluster.local_launcher import LocalLauncher
@@ -24,7 +26,7 @@ from .example_request import example_request
 from .exits import CommandError, ExitCode, load_errors, port_errors, stop_code
 from .fleet_batch import batch_service, state_directory
 from .fleet_options import FleetOptions
-from .model_text import model_text, text_directory
+from .model_text import engine_model_name, model_text, text_directory
 from .server_options import reachable
 
 log = logging.getLogger(__name__)
@@ -60,11 +62,17 @@ class FleetService:
         shutdown = Shutdown(self._listen.drain_timeout_s)
         shutdown.install()
         with load_errors():
-            text = model_text(text_directory(self._config, self._phases_of(0)))
+            directory = text_directory(self._config, self._phases_of(0))
+            text = model_text(directory)
         with port_errors():
             server, port = open_server(self._listen)
         with ExitStack() as resources:
-            coordinator = self._coordinator(self._launcher(port), resources)
+            state = state_directory(
+                self._fleet.state_dir, self._config.model, port, self._listen.grpc_port, resources
+            )
+            launcher = self._launcher(port, self._records(state))
+            name = engine_model_name(self._config, directory)
+            coordinator = self._coordinator(launcher, name, resources)
             coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(coordinator), server)
             config = self._config
             gateway = Gateway(
@@ -80,10 +88,8 @@ class FleetService:
                 note(f"serving {config.model} on {address}; try:")
                 print(example_request(address, text), flush=True)
 
-            directory = state_directory(
-                self._fleet.state_dir, config.model, port, self._listen.grpc_port, resources
-            )
-            async with batch_service(directory, server, coordinator, gateway, text, shutdown):
+            async with batch_service(state, server, coordinator, gateway, text, shutdown):
+                await launcher.recover(self._fleet.config.max_gpus)  # no other process has `state` now
                 serving = asyncio.create_task(
                     serve_gateway(
                         self._listen,
@@ -112,16 +118,30 @@ class FleetService:
         code = ExitCode(failed.code) if failed.code in set(ExitCode) else ExitCode.RUNTIME
         raise CommandError(f"engine 0: {failed}", code)
 
-    def _launcher(self, port: int) -> LocalLauncher:
+    def _records(self, state: Path) -> EngineRecords | None:
+        """None where no coordinator can come back for the engines: its port would be another one."""
+        if self._listen.grpc_port == 0 or not can_outlive():
+            return None
+        try:
+            return EngineRecords(state)
+        except OSError as error:
+            raise CommandError(
+                f"cannot use the state directory {state}: {error.strerror}; choose another one with "
+                "--state-dir",
+                ExitCode.USAGE,
+            ) from error
+
+    def _launcher(self, port: int, records: EngineRecords | None) -> LocalLauncher:
         return LocalLauncher(
             [*self._command, "--join", reachable(self._listen.host, port)],
             threads=self._threads,
             gpus=self._gpus,
             on_phase=self._show_phase,
             on_log=lambda instance_id, line: note(f"[engine {instance_id}] {line}"),
+            records=records,
         )
 
-    def _coordinator(self, launcher: LocalLauncher, resources: ExitStack) -> Coordinator:
+    def _coordinator(self, launcher: LocalLauncher, model: str, resources: ExitStack) -> Coordinator:
         event_log = None
         if self._fleet.event_log is not None:
             try:
@@ -136,6 +156,7 @@ class FleetService:
             launcher,
             initial_engines=self._fleet.initial_engines,
             event_log=event_log,
+            model=model,
         )
 
     def _phases_of(self, instance_id: int) -> LoadPhases:

@@ -23,6 +23,17 @@ def text_directory(config: EngineConfig, progress: Progress | None = None) -> Pa
     return directory if (directory / "tokenizer.json").is_file() else None
 
 
+def engine_model_name(config: EngineConfig, directory: Path | None) -> str:
+    """What an engine of this configuration calls its model. directory: the one of the model."""
+    from chiron_engine.model.directory import model_name
+
+    if config.served_model_name is not None:
+        return config.served_model_name
+    if config.executor == "simulated" or directory is None:
+        return Path(config.model).name
+    return model_name(directory)
+
+
 def model_text(directory: Path | str | None) -> ModelText:
     """Raises ModelFilesError."""
     if directory is None:

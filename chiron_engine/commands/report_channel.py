@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
 
 from chiron_engine.cluster.engine_report import Report, encode
 
@@ -15,11 +14,13 @@ class ReportChannel:
 
     def __init__(self) -> None:
         sys.stdout.flush()
-        self._file = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        self._descriptor = os.dup(1)
         os.dup2(2, 1)
-        self._lock = threading.Lock()
 
     def send(self, report: Report) -> None:
-        """From any thread. A parent that is gone reads nothing, which is no error here."""
-        with self._lock, contextlib.suppress(BrokenPipeError):
-            print(encode(report), file=self._file, flush=True)
+        """From any thread. A parent that is gone reads nothing, which is no error here; nothing is kept
+        that would be written later."""
+        line = (encode(report) + "\n").encode()
+        with contextlib.suppress(BrokenPipeError):
+            while line:
+                line = line[os.write(self._descriptor, line) :]

@@ -17,7 +17,7 @@ from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 0.2
-LONGEST_RETRY_S = 2.0
+LONGEST_RETRY_S = 1.0
 ORPHAN_S = 120.0
 """Without a coordinator for so long, an engine ends."""
 REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
@@ -25,14 +25,15 @@ REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMEN
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What the coordinator may ask; all called on the link's thread. refused(reason): it does not
-    take this engine. orphaned: there has been none for ORPHAN_S."""
+    """What the coordinator may ask; all called on the link's thread. joined: it has taken the engine
+    in, for the first time or again. refused(reason): it does not take this engine. orphaned(reason):
+    none has answered for long."""
 
-    joined: Callable[[int], None]
+    joined: Callable[[], None]
     set_targets: Callable[[coordinator_pb2.SetTargets], None]
     drain: Callable[[], None]
     refused: Callable[[str], None]
-    orphaned: Callable[[], None]
+    orphaned: Callable[[str], None]
 
 
 class CoordinatorLink:
@@ -68,8 +69,9 @@ class CoordinatorLink:
             if self._join_once():
                 retry_s = FIRST_RETRY_S
             if time.monotonic() - self._last_contact > self._orphan_s:
-                log.error("no coordinator at %s for %.0f s", self._address, self._orphan_s)
-                self._orders.orphaned()
+                reason = f"no coordinator answers at {self._address}, for {self._orphan_s:g} s"
+                log.error("%s; the engine ends", reason)
+                self._orders.orphaned(reason)
                 return
             self._closed.wait(retry_s * random.uniform(0.8, 1.2))
             retry_s = min(2 * retry_s, LONGEST_RETRY_S)
@@ -104,7 +106,8 @@ class CoordinatorLink:
         kind = order.WhichOneof("order")
         if kind == "joined":
             self._register.instance_id = order.joined.instance_id
-            self._orders.joined(order.joined.instance_id)
+            self._register.coordinator_id = order.joined.coordinator_id
+            self._orders.joined()
             line.begin(order.joined.report_every_s)
         elif kind == "set_targets":
             self._orders.set_targets(order.set_targets)

@@ -74,6 +74,7 @@ async def run_engine(
     join: Join | None = None,
     on_listening: Callable[[int], None] = lambda port: None,
     on_ready: Callable[[int], None] = lambda port: None,
+    on_joined: Callable[[], None] = lambda: None,
 ) -> None:
     """Run one engine until it is asked to stop; returns when it is drained and closed.
 
@@ -86,6 +87,7 @@ async def run_engine(
     join: the coordinator to join once loaded, which may then end this engine; batch requests are given
         back to it. `load` must tell step costs then.
     on_listening, on_ready: called once each, with the port; ready is when a request would be served.
+    on_joined: called whenever a coordinator has taken the engine in.
 
     Raises PortInUse or BindError at once, whatever `load` raises, EngineRefused where the coordinator
     does not take this engine, and EngineFailed when a step raised (live requests end with an error,
@@ -95,7 +97,7 @@ async def run_engine(
         shutdown = Shutdown(drain_timeout_s)
         shutdown.install()
     server = create_server(max_message_bytes)
-    process = _EngineProcess(server, shutdown, seed, join)
+    process = _EngineProcess(server, shutdown, seed, join, on_joined)
     bound = bind(server, host, port)
     try:
         await process.listen(_loopback(host, bound), companion, reflection)
@@ -111,7 +113,14 @@ async def run_engine(
 class _EngineProcess:
     """The stages of `run_engine`, in the order they are called."""
 
-    def __init__(self, server: grpc.aio.Server, shutdown: Shutdown, seed: int, join: Join | None) -> None:
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        shutdown: Shutdown,
+        seed: int,
+        join: Join | None,
+        on_joined: Callable[[], None],
+    ) -> None:
         self._server = server
         self._shutdown = shutdown
         self._seed = seed
@@ -120,7 +129,9 @@ class _EngineProcess:
         self._companion: Companion | None = None
         self._loop: EngineLoop | None = None
         self._join = join
+        self._on_joined = on_joined
         self._member: FleetMember | None = None
+        self._is_ending = False
         self._fleet_error: Exception | None = None
 
     async def listen(
@@ -207,14 +218,25 @@ class _EngineProcess:
         if loaded.costs is None:
             raise ValueError("an engine in a fleet must know what its steps cost")
         model = loaded.description.model
+        aio, boot_id = asyncio.get_running_loop(), self._service.boot_id
         return FleetMember(
-            join, loaded.core, self._loop, self._service.boot_id, model, loaded.costs, port, self._end
+            join,
+            loaded.core,
+            self._loop,
+            boot_id,
+            model,
+            loaded.costs,
+            port,
+            joined=lambda: _call_soon(aio, self._on_joined),
+            end=lambda error: _call_soon(aio, self._end, error),
         )
 
     def _end(self, error: Exception | None) -> None:
-        """Called on a thread of the member's."""
-        self._fleet_error = error
-        self._shutdown.request()
+        """Drain, unless that is under way: a second request would stop it at once."""
+        if not (self._is_ending or self._shutdown.drain.is_set()):
+            self._is_ending = True
+            self._fleet_error = error
+            self._shutdown.request()
 
     def _companion_services(self) -> Sequence[str]:
         return self._companion.services if self._companion is not None else ()
@@ -249,6 +271,14 @@ def _in_daemon_thread(work: Callable[[], LoadedEngine]) -> asyncio.Future[Loaded
 
     threading.Thread(target=run, name="load", daemon=True).start()
     return future
+
+
+def _call_soon(aio: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: object) -> None:
+    """From another thread."""
+    try:
+        aio.call_soon_threadsafe(call, *arguments)
+    except RuntimeError:  # the event loop has ended
+        log.debug("the coordinator's order came after the end")
 
 
 def _loopback(host: str, port: int) -> str:

@@ -13,30 +13,33 @@ from chiron_engine.policy.iteration.autoscaler_inputs import ItlTargets
 from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.rpc.v1 import coordinator_pb2
 
-from .coordinator_link import CoordinatorLink, Orders
+from .coordinator_link import ORPHAN_S, CoordinatorLink, Orders
 from .engine_loop import EngineLoop
 from .telemetry import Telemetry
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """coordinator: its address. instance_id: given by whoever launched this process, None for one
-    started by hand. advertised_host: where gateways reach this engine, its own host by default."""
+    """coordinator: its address. advertised_host: where gateways reach this engine. instance_id: given
+    by whoever launched this process, None for one started by hand. orphan_s: seconds without a
+    coordinator after which the engine ends."""
 
     coordinator: str
     instance_id: int | None = None
-    advertised_host: str | None = None
+    advertised_host: str = "127.0.0.1"
+    orphan_s: float = ORPHAN_S
 
 
 class EngineRefused(RuntimeError):
-    """The coordinator does not take this engine; the message is its reason."""
+    """The coordinator does not take this engine, or there is none; the message is the reason."""
 
 
 class FleetMember:
     """Evicted batch requests leave an engine that is in a fleet.
 
-    end(error): called, on a thread of the link, when the engine is to drain and end: with what went
-    wrong, or None where the coordinator asked for it.
+    joined: called, on a thread of the link, whenever a coordinator has taken the engine in.
+    end(error): called there when the engine is to drain and end: with what went wrong, or None where
+    the coordinator asked for it, or has gone for good.
     """
 
     def __init__(
@@ -48,24 +51,28 @@ class FleetMember:
         model: str,
         costs: StepCosts,
         port: int,
+        joined: Callable[[], None],
         end: Callable[[Exception | None], None],
     ) -> None:
         core.hand_back_evicted = True
         self._loop = loop
+        self._joined = joined
         self._end = end
-        host = join.advertised_host or "127.0.0.1"
-        register = _register(core, boot_id, model, costs, f"{host}:{port}")
+        self._has_joined = False
+        host = join.advertised_host
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        register = _register(core, boot_id, model, costs, address)
         if join.instance_id is not None:
             register.instance_id = join.instance_id
         orders = Orders(
-            joined=lambda instance_id: None,
+            joined=self._note_joined,
             set_targets=self._set_targets,
             drain=lambda: end(None),
             refused=lambda reason: end(EngineRefused(f"the coordinator refused this engine: {reason}")),
-            orphaned=lambda: end(None),
+            orphaned=lambda reason: end(None if self._has_joined else EngineRefused(reason)),
         )
         snapshot = Telemetry(core, loop, boot_id).snapshot
-        self._link = CoordinatorLink(join.coordinator, register, snapshot, orders)
+        self._link = CoordinatorLink(join.coordinator, register, snapshot, orders, join.orphan_s)
 
     def start(self) -> None:
         self._link.start()
@@ -76,6 +83,10 @@ class FleetMember:
 
     def close(self) -> None:
         self._link.close()
+
+    def _note_joined(self) -> None:
+        self._has_joined = True
+        self._joined()
 
     def _set_targets(self, targets: coordinator_pb2.SetTargets) -> None:
         self._loop.set_targets(ItlTargets(targets.interactive_itl_s, targets.batch_itl_s))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chiron_engine.cluster.coordinator import Coordinator
 from chiron_engine.cluster.coordinator_service import CoordinatorService
+from chiron_engine.cluster.engine_records import EngineRecord
 from chiron_engine.cluster.engine_report import EngineReady
 from chiron_engine.cluster.engines import LaunchError, RunningEngine
 from chiron_engine.cluster.event_log import EventLog
@@ -72,6 +73,16 @@ class InProcessLauncher:
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     shutdowns: dict[int, Shutdown] = field(default_factory=dict)
 
+    @property
+    def survivors(self) -> Sequence[EngineRecord]:
+        return ()
+
+    def adopt(self, instance_id: int, survivor: EngineRecord) -> asyncio.Future[int | None]:
+        raise LaunchError(f"there is no engine {survivor.name}", 1)
+
+    def joined(self, instance_id: int, boot_id: str, load_s: float) -> None:
+        """Tasks end with their process."""
+
     async def launch(self, instance_id: int) -> RunningEngine:
         self.launched.append(instance_id)
         await asyncio.sleep(self.delay_s)
@@ -79,7 +90,7 @@ class InProcessLauncher:
             raise LaunchError(self.fail.pop(0), 3)
         shutdown = self.shutdowns[instance_id] = Shutdown(5.0)
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(
             run_engine(
                 lambda report: LoadedEngine(
