@@ -72,7 +72,7 @@ def test_plus_or_minus_one_flips_for_ever_unless_theta_is_one_over_k() -> None:
 
 
 def test_the_closed_form_stands_still() -> None:
-    autoscaler = PaperAutoscaler(CONFIG)
+    autoscaler = PaperAutoscaler()
     totals = []
     instances = 4
     for now in range(60):
@@ -99,7 +99,7 @@ def test_counting_busy_instances_under_spreading_climbs_to_the_cap() -> None:
 
 def test_a_load_about_a_whole_number_does_not_flip() -> None:
     """Without a dead band downwards three instances would come and go each tick."""
-    autoscaler = PaperAutoscaler(CONFIG)
+    autoscaler = PaperAutoscaler()
     instances, totals = 6, []
     for now in range(60):
         instances = autoscaler.decide(view(now, pool(instances, 1.9 + 0.2 * (now % 2)))).pools[0].total
@@ -283,7 +283,7 @@ def test_a_launch_that_is_needed_no_more_is_not_made() -> None:
 
 
 def test_the_paper_adds_batch_instances_until_none_is_late_and_drops_all_when_empty() -> None:
-    autoscaler = PaperAutoscaler(CONFIG)
+    autoscaler = PaperAutoscaler()
     assert decide_batch(autoscaler, 0.0, batch(1000.0, 5000.0, instances=2)) == 3
     assert decide_batch(autoscaler, 0.0, batch(1000.0, 500.0, instances=2)) == 2
     assert decide_batch(autoscaler, 0.0, BatchView((), Throughput(0.0, 1.0, (0.0,)), 0)) == 0

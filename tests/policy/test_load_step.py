@@ -32,7 +32,8 @@ class PackedFleet:
         self.totals: list[int] = []
         self.waiting: list[float] = []
         self.now = 0.0
-        self._autoscaler = ChironAutoscaler(FleetConfig(max_gpus=500, min_instances=instances))
+        self._least = instances
+        self._autoscaler = ChironAutoscaler(FleetConfig(max_gpus=500))
 
     def second(self) -> None:
         self.now += 1.0
@@ -41,7 +42,8 @@ class PackedFleet:
             self.loading.pop(0)
             self.ready += 1
         self.waiting.append(max(0.0, self.present - self.ready))
-        decision = self._autoscaler.decide(FleetView(self.now, LEAD_S, 500, (self._view(),), NO_BATCH))
+        view = FleetView(self.now, LEAD_S, 500, (self._view(),), NO_BATCH, self._least)
+        decision = self._autoscaler.decide(view)
         total = decision.pools[0].total
         missing = total - self.ready - len(self.loading)
         self.loading += [self.now + LOAD_S] * missing

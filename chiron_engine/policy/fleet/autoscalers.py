@@ -17,9 +17,9 @@ def make_global_autoscaler(name: str, config: FleetConfig, spec: InstanceSpec) -
     if name == "chiron":
         return ChironAutoscaler(config)
     if name == "paper":
-        return PaperAutoscaler(config)
+        return PaperAutoscaler()
     if name == "paper-literal":
-        return PaperLiteralAutoscaler(config)
+        return PaperLiteralAutoscaler()
     if name.startswith("static:"):
         return StaticAutoscaler(_static_instances(name, config, spec))
     raise ValueError(f"unknown policy {name!r}; the policies are {', '.join(GLOBAL_AUTOSCALERS)}")

@@ -14,6 +14,7 @@ from .messages import (
     FleetEffect,
     FleetEvent,
     FleetGauges,
+    FleetResized,
     InstanceExited,
     InstanceJoined,
     InstanceLost,
@@ -46,7 +47,6 @@ class FleetState:
     late news of what has ended, and change nothing."""
 
     def __init__(self, spec: InstanceSpec, config: FleetConfig, autoscaler: GlobalAutoscaler) -> None:
-        """Raises ValueError when no instance of this spec can meet a configured ITL target."""
         self.instances = Instances()
         self.model = CapacityModel(spec, config)
         self.router = Router(config, self.model)
@@ -61,6 +61,7 @@ class FleetState:
             InstanceReady: self._on_ready,
             InstanceJoined: self._on_joined,
             RetireAsked: self._on_retire_asked,
+            FleetResized: self._on_resized,
             LaunchFailed: self._on_launch_failed,
             InstanceLost: self._on_lost,
             InstanceExited: self._on_exited,
@@ -130,6 +131,9 @@ class FleetState:
         instance = self.instances.by_id.get(event.instance_id)
         if instance is not None and instance.state is not InstanceState.DRAINING:
             self.scaling.retire(instance, now, out)
+
+    def _on_resized(self, event: FleetResized, now: float, out: Effects) -> None:
+        self.scaling.resize(event.min_instances, event.max_gpus)
 
     def _on_launch_failed(self, event: LaunchFailed, now: float, out: Effects) -> None:
         instance = self.instances.by_id.get(event.instance_id)

@@ -53,13 +53,14 @@ class BatchView:
 @dataclass(frozen=True, slots=True)
 class FleetView:
     """One moment. lead_s: load lead L, from deciding on an instance to having it. most: instances
-    the GPU cap allows in all."""
+    the GPU cap allows in all. least: interactive and mixed instances kept at any load."""
 
     now: float
     lead_s: float
     most: int
     pools: Sequence[PoolView]
     batch: BatchView
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True)

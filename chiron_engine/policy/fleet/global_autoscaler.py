@@ -47,7 +47,8 @@ class PoolScaling:
     """Number of interactive and mixed instances for one ITL target."""
 
     def __init__(self, config: FleetConfig, is_loosest: bool) -> None:
-        self._least = config.min_instances if is_loosest else 0
+        self._is_loosest = is_loosest
+        self._least = 0
         self.demand = InteractiveDemand(config.tick_s)
         self.theta = Theta(config.tick_s)
         self._wanted = SlidingMax()
@@ -57,7 +58,7 @@ class PoolScaling:
         self._target = -1
         """N* of the last tick; negative before the first."""
 
-    def decide(self, pool: PoolView, now: float, lead_s: float) -> PoolTarget:
+    def decide(self, pool: PoolView, now: float, lead_s: float, least: int) -> PoolTarget:
         """N* = max(D / Theta, ceil(D) + 1): the first from the mean D that Theta is a ratio to, the
         second from D now, a spare instance over it. An increase is followed at once, a decrease
         when no D of the window contradicts it; both only until they are within the dead band.
@@ -65,6 +66,7 @@ class PoolScaling:
         Interactive-only are those that D of the whole window keeps full; the others lend what they
         have left to batch. (One that is full now and then would do so too, so ceil(D) is too many.)
         """
+        self._least = least if self._is_loosest else 0
         if self._target < 0:
             # What the operator starts with stands until there was time to see what is needed.
             self._target = pool.instances
@@ -110,7 +112,9 @@ class ChironAutoscaler:
         self._batch_held = SlidingMax()
 
     def decide(self, view: FleetView) -> Decision:
-        targets = tuple(self._pools[pool.target_s].decide(pool, view.now, view.lead_s) for pool in view.pools)
+        targets = tuple(
+            self._pools[pool.target_s].decide(pool, view.now, view.lead_s, view.least) for pool in view.pools
+        )
         batch, pressure = self._decide_batch(view, sum(target.total for target in targets))
         busy = sum(scaling.demand.smooth for scaling in self._pools.values())
         instances = sum(pool.instances for pool in view.pools)

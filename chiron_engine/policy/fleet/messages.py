@@ -114,6 +114,15 @@ class RetireAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class FleetResized:
+    """The operator changed these two of `FleetConfig` (`resize.resized` says what may be asked).
+    Launches are tried again where failures had stopped them."""
+
+    min_instances: int
+    max_gpus: int
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchFailed:
     instance_id: int
     cause: str
@@ -184,6 +193,7 @@ FleetEvent = (
     | InstanceReady
     | InstanceJoined
     | RetireAsked
+    | FleetResized
     | LaunchFailed
     | InstanceLost
     | InstanceExited

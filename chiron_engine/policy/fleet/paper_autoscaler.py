@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 
-from .config import FleetConfig
 from .fleet_view import BatchView, Decision, FleetView, PoolTarget, PoolView
 from .waiting_time import late_groups
 
@@ -26,20 +25,14 @@ class PaperAutoscaler:
     Instances that run an interactive request are more under spreading, so N is
     set by ceil(sum of u) instead: how many it would take, packed."""
 
-    def __init__(self, config: FleetConfig) -> None:
-        self._least = config.min_instances
-
     def decide(self, view: FleetView) -> Decision:
-        return _decide(view, [self._pool(pool) for pool in view.pools])
+        return _decide(view, [self._pool(pool, view.least) for pool in view.pools])
 
-    def _pool(self, pool: PoolView) -> PoolTarget:
+    def _pool(self, pool: PoolView, least: int) -> PoolTarget:
         load = pool.load + pool.backlog
         busy = math.ceil(load)
-        total = max(self._wanted(load), min(pool.instances, self._wanted(load + DEAD_BAND)))
+        total = max(_wanted(load), min(pool.instances, _wanted(load + DEAD_BAND)), least)
         return PoolTarget(pool.target_s, min(busy, total - 1), total - min(busy, total - 1))
-
-    def _wanted(self, load: float) -> int:
-        return max(math.ceil(math.ceil(load) / THETA), self._least)
 
 
 class PaperLiteralAutoscaler:
@@ -47,16 +40,17 @@ class PaperLiteralAutoscaler:
     instance is added or removed a tick while IBP is over or under Theta. It flips for ever unless
     1 / Theta divides the count, and under spreading it climbs to the cap."""
 
-    def __init__(self, config: FleetConfig) -> None:
-        self._least = config.min_instances
-
     def decide(self, view: FleetView) -> Decision:
-        return _decide(view, [self._pool(pool) for pool in view.pools])
+        return _decide(view, [self._pool(pool, view.least) for pool in view.pools])
 
-    def _pool(self, pool: PoolView) -> PoolTarget:
-        total = max(self._least, step_by_one(pool.busy_instances, pool.instances))
+    def _pool(self, pool: PoolView, least: int) -> PoolTarget:
+        total = max(least, step_by_one(pool.busy_instances, pool.instances))
         interactive = min(pool.busy_instances, total - 1)
         return PoolTarget(pool.target_s, interactive, total - interactive)
+
+
+def _wanted(load: float) -> int:
+    return math.ceil(math.ceil(load) / THETA)
 
 
 def step_by_one(busy: int, instances: int, theta: float = THETA) -> int:

@@ -3,6 +3,9 @@ closing and draining."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from chiron_engine.policy.iteration.request import SloClass
 
 from .capacity import CapacityModel
@@ -15,14 +18,18 @@ from .load_lead import LoadLead
 from .messages import Drain, InstanceState, Launch, Role, SetRole
 from .reconcile import CLOSE, OPEN, Order, Reconciler
 from .request_groups import group_work
+from .resize import capped
 from .router import Router
 from .waiting_time import Throughput
 
 MOST_CLOSING_S = 120.0
 """How long a closing instance may finish its work before batch requests are taken back from it."""
 MOST_BACKOFF_S = 60.0
-MOST_DOUBLINGS = 32
-"""Of the wait after failed launches: enough for any tick, and a power of two that is a float."""
+BACKOFF_JITTER = 0.2
+MOST_FAILED_LAUNCHES = 5
+"""In a row; from then on there is one attempt every FAILED_PAUSE_S, or when the operator resizes."""
+FAILED_PAUSE_S = 300.0
+GOLDEN_RATIO = 0.6180339887498949
 THROUGHPUT_CV = 0.05
 """cv_T of the waiting time: how far the throughput to come may stray from the one measured."""
 
@@ -51,8 +58,10 @@ class Scaling:
         self._autoscaler = autoscaler
         self._most = config.max_gpus // model.spec.gpus
         self._lead = LoadLead(model.spec.load_s, config.tick_s)
-        self._failures = 0
         self._no_launch_before = 0.0
+        self._failed_at = -math.inf
+        self.failed_launches = 0
+        """In a row, up to MOST_FAILED_LAUNCHES; those under way together count as one."""
         self.decision: Decision | None = None
 
     def launch_initial(self, count: int, now: float) -> list[Launch]:
@@ -71,8 +80,10 @@ class Scaling:
         self._dispatcher.throughput.forget_old(self._config.tick_s)
         view = self._view(now)
         self.decision = self._autoscaler.decide(view)
-        free = self._most - len(self._instances) if now >= self._no_launch_before else 0
-        for order in list(Reconciler(self._instances, free).orders(self.decision)):
+        decision = self.decision
+        if sum(not instance.closing for instance in self._instances.staying()) > self._most:
+            decision = capped(decision, self._most)  # the cap has been lowered
+        for order in list(Reconciler(self._instances, self._free_launches(now)).orders(decision)):
             self._carry_out(order, now, out)
         self._drain_closed(now, out)
         self._fill_all(now, out)
@@ -80,7 +91,7 @@ class Scaling:
     def ready(self, instance: Instance, now: float, out: Effects) -> None:
         if not instance.is_initial:
             self._lead.observe(now - instance.launched_at)
-            self._failures = 0
+        self.failed_launches = 0
         self._instances.set_ready(instance)
         self._router.refresh(instance)
         self._dispatcher.serve_held(now, out)
@@ -99,9 +110,24 @@ class Scaling:
 
     def launch_failed(self, instance: Instance, now: float, out: Effects) -> None:
         """The next launch waits: twice as long after each failure in a row."""
-        self._failures = min(self._failures + 1, MOST_DOUBLINGS)
-        self._no_launch_before = now + min(MOST_BACKOFF_S, self._config.tick_s * 2**self._failures)
+        if instance.launched_at > self._failed_at:
+            self._failed_at = now
+            self.failed_launches = min(self.failed_launches + 1, MOST_FAILED_LAUNCHES)
+            backoff_s = min(MOST_BACKOFF_S, self._config.tick_s * 2**self.failed_launches)
+            wait_s = FAILED_PAUSE_S if self.has_given_up else backoff_s
+            self._no_launch_before = now + wait_s * _jitter(instance.instance_id)
         self.gone(instance.instance_id, {}, now, out)
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether failures have stopped launches, but for an attempt now and then."""
+        return self.failed_launches >= MOST_FAILED_LAUNCHES
+
+    def resize(self, min_instances: int, max_gpus: int) -> None:
+        self._config = replace(self._config, min_instances=min_instances, max_gpus=max_gpus)
+        self._most = max_gpus // self._model.spec.gpus
+        self.failed_launches = 0
+        self._no_launch_before = 0.0
 
     def gone(self, instance_id: int, produced: dict[int, int], now: float, out: Effects) -> None:
         instance = self._instances.by_id.get(instance_id)
@@ -116,6 +142,14 @@ class Scaling:
         instance = self._instances.launch(role, target_s, self._model.kv_capacity, spec.max_slots, now)
         instance.room_s = self._model.room_s(target_s)
         return instance, Launch(instance.instance_id, role, target_s)
+
+    def _free_launches(self, now: float) -> int:
+        if now < self._no_launch_before:
+            return 0
+        free = max(0, self._most - len(self._instances))
+        if self.has_given_up:
+            free = min(free, 1)
+        return free
 
     def _carry_out(self, order: Order, now: float, out: Effects) -> None:
         if order.instance is None:
@@ -161,7 +195,8 @@ class Scaling:
 
     def _view(self, now: float) -> FleetView:
         pools = [self._pool_view(target, now) for target in self._config.itl_targets_s]
-        return FleetView(now, self._lead.seconds, self._most, pools, self._batch_view(now))
+        least = self._config.min_instances
+        return FleetView(now, self._lead.seconds, self._most, pools, self._batch_view(now), least)
 
     def _pool_view(self, target_s: float, now: float) -> PoolView:
         dispatcher = self._dispatcher
@@ -202,6 +237,11 @@ class Scaling:
         if instance.state is InstanceState.READY:
             return 0.0
         return max(self._config.tick_s, instance.launched_at + self._lead.seconds - now)
+
+
+def _jitter(instance_id: int) -> float:
+    """About 1, another one for each instance, and the same one in a replay."""
+    return 1.0 + BACKOFF_JITTER * (2.0 * (GOLDEN_RATIO * instance_id % 1.0) - 1.0)
 
 
 def _backlog(pool: list[Instance], held: float) -> float:
