@@ -7,7 +7,18 @@ import sys
 import typer
 
 from chiron_engine import __version__
-from chiron_engine.commands import batch, bench, calibrate, doctor, engine, generate, replay, serve, simulate
+from chiron_engine.commands import (
+    batch,
+    bench,
+    calibrate,
+    coordinator,
+    doctor,
+    engine,
+    generate,
+    replay,
+    serve,
+    simulate,
+)
 from chiron_engine.commands.exits import CommandError
 
 app = typer.Typer(
@@ -19,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("serve")(serve.serve)
+app.command("coordinator")(coordinator.coordinator)
 app.command("engine")(engine.engine)
 app.command("generate")(generate.generate)
 app.add_typer(batch.app, name="batch")

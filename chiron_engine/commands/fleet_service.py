@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,18 @@ from chiron_engine.rpc.shutdown import Shutdown
 from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from .console import LoadPhases, note
+from .engine_address import EVERY_ADDRESS
 from .example_request import example_request
 from .exits import CommandError, ExitCode, load_errors, port_errors, stop_code
 from .fleet_batch import batch_service, state_directory
 from .fleet_options import FleetOptions
+from .local_engines import LocalEngines
 from .model_text import engine_model_name, model_text, text_directory
 from .server_options import reachable
 
 log = logging.getLogger(__name__)
 
 COORDINATOR_SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
-
-MakeLauncher = Callable[[str], LocalLauncher]
 
 
 class FleetService:
@@ -44,17 +44,13 @@ class FleetService:
         listen: GatewayConfig,
         config: EngineConfig,
         fleet: FleetOptions,
-        command: Sequence[str],
-        threads: int,
-        gpus: Sequence[str],
+        engines: LocalEngines | None,
     ) -> None:
-        """command: of an engine, but for what joins it. gpus: one for each engine; none on the CPU."""
+        """engines: what is started here; None where all of them come by themselves."""
         self._listen = listen
         self._config = config
         self._fleet = fleet
-        self._command = command
-        self._threads = threads
-        self._gpus = gpus
+        self._engines = engines
         self._phases: dict[int, LoadPhases] = {}
 
     async def run(self) -> int:
@@ -70,7 +66,9 @@ class FleetService:
             state = state_directory(
                 self._fleet.state_dir, self._config.model, port, self._listen.grpc_port, resources
             )
-            launcher = self._launcher(port, self._records(state))
+            launcher = None
+            if self._engines is not None:
+                launcher = self._launcher(self._engines, port, self._records(state))
             name = engine_model_name(self._config, directory)
             coordinator = self._coordinator(launcher, name, resources)
             coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(coordinator), server)
@@ -89,7 +87,10 @@ class FleetService:
                 print(example_request(address, text), flush=True)
 
             async with batch_service(state, server, coordinator, gateway, text, shutdown):
-                await launcher.recover(self._fleet.config.max_gpus)  # no other process has `state` now
+                if launcher is not None:  # no other process has `state` now
+                    await launcher.recover(self._fleet.config.max_gpus)
+                if self._fleet.initial_engines == 0:
+                    note(f"waiting for engines: chiron engine {config.model} --join {self._join_at(port)}")
                 serving = asyncio.create_task(
                     serve_gateway(
                         self._listen,
@@ -131,17 +132,22 @@ class FleetService:
                 ExitCode.USAGE,
             ) from error
 
-    def _launcher(self, port: int, records: EngineRecords | None) -> LocalLauncher:
+    def _join_at(self, port: int) -> str:
+        """Where engines of other machines join, as far as this one can tell."""
+        host = self._listen.host
+        return f"{socket.gethostname()}:{port}" if host in EVERY_ADDRESS else reachable(host, port)
+
+    def _launcher(self, engines: LocalEngines, port: int, records: EngineRecords | None) -> LocalLauncher:
         return LocalLauncher(
-            [*self._command, "--join", reachable(self._listen.host, port)],
-            threads=self._threads,
-            gpus=self._gpus,
+            [*engines.command, "--join", reachable(self._listen.host, port)],
+            threads=engines.threads,
+            gpus=engines.gpus,
             on_phase=self._show_phase,
             on_log=lambda instance_id, line: note(f"[engine {instance_id}] {line}"),
             records=records,
         )
 
-    def _coordinator(self, launcher: LocalLauncher, model: str, resources: ExitStack) -> Coordinator:
+    def _coordinator(self, launcher: LocalLauncher | None, model: str, resources: ExitStack) -> Coordinator:
         event_log = None
         if self._fleet.event_log is not None:
             try:

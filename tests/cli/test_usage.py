@@ -13,7 +13,7 @@ import pytest
 
 from chiron_engine.commands.engine_options import engine_config, to_arguments
 from chiron_engine.commands.exits import CommandError
-from chiron_engine.commands.serve import engine_command, gpus_for
+from chiron_engine.commands.local_engines import engine_command, gpus_of, local_engines
 from chiron_engine.commands.sizes import format_size, parse_size
 from chiron_engine.config import EngineConfig
 from tests.cli.chiron_process import SMALL, chiron
@@ -30,6 +30,10 @@ USAGE = [
     (["engine", "m", "--swap-space", "4"], "4GiB"),
     (["engine", "m", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization"),
     (["engine", "m", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
+    (["engine", "m", "--join", "nowhere"], "HOST:PORT"),
+    (["engine", "m", "--join", "no.such.host.invalid:1"], "the host is unknown"),
+    (["engine", "m", "--advertise-host", "here"], "--join"),
+    (["coordinator", "m", "--max-engines", "2"], "add --engines"),
     (["generate"], "name a model"),
     (["generate", "m"], "no prompt"),
     (["generate", "m", "--file", "/no/such/file"], "/no/such/file"),
@@ -166,13 +170,14 @@ def test_an_engine_process_gets_the_same_configuration() -> None:
     assert to_arguments(engine_config("m", {})) == ["m"]
     assert EngineConfig(model="m") == engine_config("m", {})
     command = engine_command(config, 1000, "info")
-    assert command[command.index("--threads") + 1] == "1"
+    assert command[command.index("--threads") + 1] == "1000"
 
 
 def test_engines_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chiron_engine.cluster.gpus.usable_gpus", lambda: ["0", "1", "2"])
     config = EngineConfig(model="m")
-    assert gpus_for(config, 2) == ["0", "1"]
-    assert gpus_for(EngineConfig(model="m", device="cpu"), 9) == []
+    assert gpus_of(config) == ["0", "1", "2"]
+    assert gpus_of(EngineConfig(model="m", device="cpu")) == []
+    assert local_engines(config, 2, gpus_of(config), "info").gpus == ["0", "1", "2"]
     with pytest.raises(CommandError, match="4 engines take a GPU each and there are 3"):
-        gpus_for(config, 4)
+        local_engines(config, 4, gpus_of(config), "info")
