@@ -23,12 +23,14 @@ class BatchLine:
     key: its request id in the fleet policy. starting: set once it has a place on an engine. attempt,
     request and stream: set once it is claimed. noted: tokens the store has. is_withdrawn: it is to be
     stopped. is_stopped: it has, at a stop string, for which `watching` looks.
+    is_evicted: so it is for the store; it may run again.
     """
 
     __slots__ = (
         "_listener",
         "_router",
         "attempt",
+        "is_evicted",
         "is_stopped",
         "is_withdrawn",
         "key",
@@ -51,6 +53,7 @@ class BatchLine:
         self.watching: asyncio.Task[None] | None = None
         self.is_withdrawn = False
         self.is_stopped = False
+        self.is_evicted = False
         self._listener = listener
         self._router = router
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from chiron_engine.policy.fleet.messages import FleetRequest
 from chiron_engine.policy.iteration.request import Slo, SloClass
@@ -16,6 +16,7 @@ from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, types_pb2
 
 from .batch_errors import BatchStoreError
 from .batch_line import BatchLine
+from .batch_outcome import BatchText, claim_again, outcome, reporting
 from .batch_records import Claim, PendingLine, Progress, Submitted, Withdrawn
 from .batch_store import BatchStore
 from .batch_store_thread import BatchStoreClosed, BatchStoreThread
@@ -35,16 +36,6 @@ RETRY_S = 1.0
 T = TypeVar("T")
 
 
-class BatchText(Protocol):
-    """What text there is to a request, and what is kept of its output. Called from several threads."""
-
-    def watcher(self, request: inference_pb2.GenerateRequest) -> Callable[[Sequence[int]], bool] | None: ...
-
-    def output(
-        self, request: inference_pb2.GenerateRequest, tokens: Sequence[int], finished: engine_pb2.Finished
-    ) -> inference_pb2.GenerateChunk: ...
-
-
 class BatchRunner:
     """Owner of the queue between the store and the coordinator, on the coordinator's event loop.
 
@@ -59,15 +50,12 @@ class BatchRunner:
         coordinator: Coordinator,
         text: BatchText,
         *,
-        window_lines: int = WINDOW_LINES,
-        checkpoint_s: float = CHECKPOINT_S,
         wall_time: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._coordinator = coordinator
         self._text = text
-        self._window = BatchWindow(window_lines)
-        self._checkpoint_s = checkpoint_s
+        self._window = BatchWindow(WINDOW_LINES)
         self._wall_time = wall_time
         self._lines: dict[int, BatchLine] = {}
         """By line id: those in the policy."""
@@ -83,7 +71,7 @@ class BatchRunner:
         """Take up what a coordinator before this one left. Raises BatchStoreError."""
         now = self._wall_time()
         await self._store.call(lambda store: store.recover(now))
-        self._loops = [asyncio.create_task(self._keep_filling()), asyncio.create_task(self._keep_noting())]
+        self._loops = [self._spawn(self._keep_filling()), self._spawn(self._keep_noting())]
         self._wanted.set()
 
     def drain(self) -> None:
@@ -122,9 +110,14 @@ class BatchRunner:
     # What its lines tell.
 
     def line_paused(self, line: BatchLine, is_evicted: bool) -> None:
-        """It left an engine; the coordinator sees to its going on."""
-        if is_evicted:
-            self._spawn(self._note([line]))
+        """It left an engine; the coordinator sees to its going on, and may have done so already."""
+        stream = line.stream
+        if not is_evicted or stream is None or stream.is_running:
+            return
+        line.is_evicted = True
+        line_id, now, tokens = line.pending.line_id, self._wall_time(), stream.tokens[:]
+        evict = reporting(line, lambda store, attempt: store.evict(line_id, attempt, tokens, now), now)
+        self._spawn(self._persist(evict))
 
     def line_ended(self, line: BatchLine) -> None:
         self._settle(line)
@@ -271,9 +264,10 @@ class BatchRunner:
     async def _keep_noting(self) -> None:
         """Tokens are noted now and then, so that the end of this process costs little work."""
         while True:
-            await asyncio.sleep(self._checkpoint_s)
+            await asyncio.sleep(CHECKPOINT_S)
             try:
-                await self._note(self._lines.values())
+                await self._resume()
+                await self._note()
                 await self._expire()
             except BatchStoreClosed:
                 return
@@ -284,10 +278,28 @@ class BatchRunner:
         now = self._wall_time()
         self.on_withdrawn(await self._call(lambda store: store.expire(now)))
 
-    async def _note(self, lines: Iterable[BatchLine]) -> None:
+    async def _resume(self) -> None:
+        """Evicted lines that run again are running for the store, too."""
+        resumed = [
+            line
+            for line in self._lines.values()
+            if line.is_evicted and line.stream is not None and line.stream.is_running
+        ]
+        now = self._wall_time()
+        for line in resumed:
+            line.is_evicted = False  # before the store answers: it may be evicted again meanwhile
+        try:
+            if resumed:
+                await self._call(lambda store: [claim_again(store, line, now) for line in resumed])
+        except BatchStoreError:
+            for line in resumed:
+                line.is_evicted = True
+            raise
+
+    async def _note(self) -> None:
         noted: list[tuple[BatchLine, int]] = []
         progress: list[Progress] = []
-        for line in lines:
+        for line in self._lines.values():
             stream = line.stream
             if stream is not None and len(stream.tokens) > line.noted:
                 noted.append((line, len(stream.tokens)))
@@ -306,25 +318,7 @@ class BatchRunner:
         if line.watching is not None:
             line.watching.cancel()
         if line.stream is not None:
-            self._spawn(self._persist(self._outcome(line, line.stream)))
-
-    def _outcome(self, line: BatchLine, stream: TokenStream) -> Callable[[BatchStore], Any]:
-        line_id, attempt, now = line.pending.line_id, line.attempt, self._wall_time()
-        failure, finished = stream.failure, stream.finished
-        if failure is not None and failure.error_code != "draining":
-            code, message = failure.error_code or failure.code.name.lower(), failure.message
-            return lambda store: store.fail(line_id, attempt, code, message, now)
-        was_aborted = finished is not None and finished.reason == types_pb2.FINISH_REASON_ABORT
-        if finished is None or (was_aborted and not line.is_stopped):
-            # Also where it was to be stopped: the store knows.
-            return lambda store: store.requeue(line_id, attempt, now, stream.tokens)
-
-        def finish(store: BatchStore) -> bool:
-            # In the store's thread: a long output takes milliseconds to become text.
-            output = self._text.output(line.request, stream.tokens, finished).SerializeToString()
-            return store.finish(line_id, attempt, output, now)
-
-        return finish
+            self._spawn(self._persist(outcome(line, line.stream, self._text, self._wall_time())))
 
     async def _persist(self, operation: Callable[[BatchStore], Any]) -> Any:
         """Try until the store takes it. What it never takes before the end of this process is done again
@@ -336,6 +330,7 @@ class BatchRunner:
                 raise
             except BatchStoreError as error:
                 if self._is_closed:
+                    self._say(error)
                     raise
                 await self._pause(error)
 
@@ -365,10 +360,15 @@ class BatchRunner:
         self._lines.pop(line.pending.line_id, None)
 
     async def _pause(self, error: BatchStoreError) -> None:
-        if str(error) != self._trouble:
-            self._trouble = str(error)
-            log.error("%s; batch work waits, trying again", error)
+        self._say(error)
         await asyncio.sleep(RETRY_S)
+
+    def _say(self, error: BatchStoreError) -> None:
+        """Once, however often it is met."""
+        if str(error) == self._trouble:
+            return
+        self._trouble = str(error)
+        log.error("%s; batch work waits, and what cannot be stored is done again", error)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
@@ -378,10 +378,5 @@ class BatchRunner:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if task.cancelled() or task.exception() is None:
-            return
-        error = task.exception()
-        if isinstance(error, BatchStoreError):
-            log.error("%s; what could not be stored is done again after the next start", error)
-        else:
-            log.error("a task of the batch queue failed", exc_info=error)
+        if not task.cancelled() and not isinstance(task.exception(), BatchStoreError | None):
+            log.error("a task of the batch queue failed", exc_info=task.exception())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import socket
 import subprocess
 import time
@@ -226,7 +227,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_each_line_once(tmp_path: Path)
             running.process.kill()
             running.wait()
     assert unfinished, "every kill came after the end; make the batch longer"
-    with server(tmp_path, port, *options):
+    with server(tmp_path, port, *options) as running:
         output, _ = client.communicate(timeout=120)
+        running.signal(signal.SIGTERM)
+        assert running.wait() == 0
     assert client.returncode == 0
     check_results(output, count, tokens)
