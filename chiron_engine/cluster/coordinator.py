@@ -23,6 +23,7 @@ from chiron_engine.policy.fleet.messages import (
     Drain,
     FleetEvent,
     FleetRequest,
+    FleetResized,
     Forget,
     InstanceSpec,
     Launch,
@@ -36,6 +37,7 @@ from chiron_engine.policy.fleet.messages import (
     SetRole,
     Tick,
 )
+from chiron_engine.policy.fleet.resize import resized
 from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.rpc.errors import RpcFailure, invalid_argument, unavailable
 from chiron_engine.rpc.token_stream import TokenStream
@@ -44,6 +46,7 @@ from chiron_engine.rpc.v1 import coordinator_pb2, engine_pb2, types_pb2
 from .engine_roster import EngineRoster
 from .engines import Engine, Launcher
 from .event_log import EventLog
+from .fleet_counters import FleetCounters
 from .fleet_requests import fleet_request
 
 log = logging.getLogger(__name__)
@@ -72,15 +75,19 @@ class Coordinator:
         event_log: EventLog | None = None,
         clock: Callable[[], float] = time.monotonic,
         model: str | None = None,
+        most_devices: int | None = None,
     ) -> None:
         """policy: name of the global autoscaler. launcher: None where engines come by themselves. model:
-        the only one that engines may bring; where None, the first engine says."""
+        the only one that engines may bring; where None, the first engine says. most_devices: what the
+        GPU cap may be raised to; None bounds it by nothing."""
         self.config = config
         self.clock = clock
         self.started_at = clock()
         self.fleet: FleetState | None = None
+        self.counters = FleetCounters()
         self.roster = EngineRoster(launcher, config, clock, self, model)
         self._policy = policy
+        self._most_devices = most_devices
         self._initial_engines = initial_engines
         self._event_log = event_log
         self._keys = itertools.count(1)
@@ -157,6 +164,8 @@ class Coordinator:
         if self._streams.pop(stream.key, None) is None:
             return
         self._leave(stream.key)
+        if self.fleet is not None and (tracked := self.fleet.dispatcher.tracked.get(stream.key)) is not None:
+            self.counters.request_ended(stream, tracked.request, self.clock())
         finished = stream.finished
         if finished is None or finished.reason == types_pb2.FINISH_REASON_ABORT:
             self.tell(RequestCancelled(stream.key))
@@ -183,12 +192,44 @@ class Coordinator:
 
     # What operators ask of it.
 
-    def retire(self, instance_id: int) -> bool:
-        """Drain an engine; False where there is none of that id."""
-        if instance_id not in self.roster.engines:
-            return False
-        self.tell(RetireAsked(instance_id))
-        return True
+    def drain(self, instance_id: int) -> Engine | None:
+        """Have an engine end once its requests have; None where it has ended already. Raises KeyError for
+        one that never was."""
+        engine = self.roster.engines.get(instance_id)
+        if engine is None:
+            if self.fleet is None or instance_id >= self.fleet.instances.next_id:
+                raise KeyError(instance_id)
+            return None
+        if not engine.is_draining:
+            self.tell(RetireAsked(instance_id))
+        return engine
+
+    def retire(self, instance_id: int) -> Engine | None:
+        """`drain`, with what runs there going on elsewhere at once."""
+        engine = self.drain(instance_id)
+        if engine is None:
+            return None
+        for stream in list(engine.streams.values()):
+            if stream.key in engine.adrift:
+                self._leave(stream.key)
+                self.tell(RequestEvicted(stream.key, len(stream.tokens), 0))
+            else:
+                stream.move()
+        return engine
+
+    def scale(self, min_instances: int | None, max_devices: int | None) -> None:
+        """Change the bounds of the fleet's size; None leaves one as it is. Raises ValueError."""
+        if self.fleet is None:
+            raise ValueError("the fleet has no engine yet; its bounds can change once the first is there")
+        self.config = resized(
+            self.config,
+            self._policy,
+            self.fleet.model.spec,
+            min_instances=min_instances,
+            max_gpus=max_devices,
+            most_gpus=self._most_devices,
+        )
+        self.tell(FleetResized(self.config.min_instances, self.config.max_gpus))
 
     # The fleet policy.
 
@@ -212,6 +253,7 @@ class Coordinator:
         effects = fleet.handle(event, now)
         if self._event_log is not None:
             self._event_log.effects(effects)
+        self.counters.happened(event, effects)
         for effect in effects:
             self._effects[type(effect)](effect)
 
@@ -290,6 +332,7 @@ class Coordinator:
         if self._event_log is not None:
             self._event_log.begin(self._policy, spec, self.config, initial, now)
         for launch in self.fleet.start(initial, now):
+            self.counters.launched(launch)
             self._launch(launch)
 
     def linked(self, engine: Engine) -> None:
@@ -304,6 +347,7 @@ class Coordinator:
         self._changed()
 
     def release(self, engine: Engine) -> dict[int, int]:
+        self.counters.engine_ended(engine.instance_id, engine.telemetry)
         streams = [stream for stream in engine.streams.values() if not stream.has_ended]
         for key in [key for key, placed in self._placed.items() if placed is engine]:
             del self._placed[key]

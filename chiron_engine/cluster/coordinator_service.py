@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 import grpc.aio
 
@@ -51,13 +52,44 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     async def DrainInstance(
         self, request: coordinator_pb2.DrainInstanceRequest, context: grpc.aio.ServicerContext
     ) -> coordinator_pb2.DrainInstanceResponse:
-        if not self._coordinator.retire(request.instance_id):
-            raise RpcFailure(
-                grpc.StatusCode.NOT_FOUND,
-                f"there is no instance {request.instance_id}",
-                error_code="not_found",
+        with _known(request.instance_id):
+            return coordinator_pb2.DrainInstanceResponse(
+                gone=self._coordinator.drain(request.instance_id) is None
             )
-        return coordinator_pb2.DrainInstanceResponse()
+
+    async def RetireInstance(
+        self, request: coordinator_pb2.RetireInstanceRequest, context: grpc.aio.ServicerContext
+    ) -> coordinator_pb2.RetireInstanceResponse:
+        with _known(request.instance_id):
+            return coordinator_pb2.RetireInstanceResponse(
+                gone=self._coordinator.retire(request.instance_id) is None
+            )
+
+    async def ScaleFleet(
+        self, request: coordinator_pb2.ScaleFleetRequest, context: grpc.aio.ServicerContext
+    ) -> coordinator_pb2.ScaleFleetResponse:
+        try:
+            self._coordinator.scale(
+                request.min_instances if request.HasField("min_instances") else None,
+                request.max_devices if request.HasField("max_devices") else None,
+            )
+        except ValueError as error:
+            raise invalid_argument(str(error)) from None
+        config = self._coordinator.config
+        return coordinator_pb2.ScaleFleetResponse(
+            min_instances=config.min_instances, max_devices=config.max_gpus
+        )
+
+
+@contextmanager
+def _known(instance_id: int) -> Iterator[None]:
+    """A KeyError in here is about an instance that never was."""
+    try:
+        yield
+    except KeyError:
+        raise RpcFailure(
+            grpc.StatusCode.NOT_FOUND, f"there is no instance {instance_id}", error_code="not_found"
+        ) from None
 
 
 async def _send_orders(engine: Engine, context: grpc.aio.ServicerContext) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from chiron_engine.policy.fleet.messages import InstanceState
+from chiron_engine.policy.fleet.fleet_state import FleetState
+from chiron_engine.policy.fleet.messages import FleetGauges, InstanceState
+from chiron_engine.policy.fleet.scaling import FAILED_PAUSE_S
 from chiron_engine.rpc.v1 import coordinator_pb2
 
 from .coordinator import Coordinator
@@ -19,6 +21,7 @@ def fleet_message(coordinator: Coordinator) -> coordinator_pb2.Fleet:
         max_devices=coordinator.config.max_gpus,
         min_instances=coordinator.config.min_instances,
         trouble=coordinator.roster.trouble,
+        batch_itl_s=coordinator.config.batch_itl_s,
     )
     if coordinator.fleet is None:
         return message
@@ -31,7 +34,23 @@ def fleet_message(coordinator: Coordinator) -> coordinator_pb2.Fleet:
     message.batch_target = gauges.batch_target
     message.held_interactive = gauges.held_interactive
     message.queued_batch = gauges.queued_batch
+    message.failed_launches = coordinator.fleet.scaling.failed_launches
+    message.trouble = _trouble(coordinator, coordinator.fleet, gauges)
     return message
+
+
+def _trouble(coordinator: Coordinator, fleet: FleetState, gauges: FleetGauges) -> str:
+    """Why there are fewer engines than the load asks for."""
+    cause = coordinator.roster.trouble
+    if fleet.scaling.has_given_up:
+        return (
+            f"FAILED: {fleet.scaling.failed_launches} launches in a row failed, the last with: {cause}. One "
+            f"is tried every {FAILED_PAUSE_S / 60:.0f} minutes; `chiron scale` tries again now"
+        )
+    wanted, most = gauges.target + gauges.batch_target, coordinator.config.max_gpus // fleet.model.spec.gpus
+    if not cause and wanted > most:
+        return f"the load asks for {wanted} engines; at most {most} may run (`chiron scale --max`)"
+    return cause
 
 
 def _instance(coordinator: Coordinator, engine: Engine, now: float) -> coordinator_pb2.Instance:
