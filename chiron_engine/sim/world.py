@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from chiron_engine.policy.fleet.capacity import target_out_of_reach
 from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.policy.fleet.messages import (
     Drain,
@@ -82,6 +83,8 @@ class World:
             itl_targets_s=(interactive.itl_s,),
             batch_itl_s=batch.itl_s,
         )
+        if (reason := target_out_of_reach(spec, config)) is not None:
+            raise ValueError(reason)
         self._fleet = policy.make_fleet(spec, config)
         self._initial = initial_instances(workload, spec, config, policy, settings)
         self._source = RequestSource(workload, shape, settings.max_output_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chiron_engine.policy.fleet.capacity import MOST_DRIFT, CapacityModel
+from chiron_engine.policy.fleet.capacity import MOST_DRIFT, CapacityModel, target_out_of_reach
 from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.policy.fleet.messages import InstanceSpec, MeasuredStep
 from chiron_engine.policy.iteration.step_costs import StepCosts
@@ -57,3 +57,15 @@ def test_what_is_learned_is_bounded() -> None:
     found = model()
     learn(found, step(PRIOR.scaled(50.0), 20))
     assert found.costs.base_s == pytest.approx(MOST_DRIFT * PRIOR.base_s)
+
+
+def test_a_target_out_of_reach_is_named_and_still_leaves_room() -> None:
+    """Otherwise a machine slower than the target would serve nobody."""
+    config = FleetConfig(itl_targets_s=(PRIOR.base_s / 2, 10.0))
+    spec = InstanceSpec(PRIOR, 400_000, 512, 32_768)
+    reason = target_out_of_reach(spec, config)
+    assert reason is not None
+    assert "the best on offer is" in reason
+    model = CapacityModel(spec, config)
+    assert model.share(PRIOR.per_request_s, 100.0, PRIOR.base_s / 2) < 0.1
+    assert target_out_of_reach(spec, FleetConfig(itl_targets_s=(10.0,))) is None

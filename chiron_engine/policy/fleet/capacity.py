@@ -20,6 +20,18 @@ LEAST_ROOM = 0.02
 finite."""
 
 
+def target_out_of_reach(spec: InstanceSpec, config: FleetConfig) -> str | None:
+    """Why no instance of this spec can keep one of the configured ITL targets; None where they can."""
+    for target in config.itl_targets_s:
+        if target * config.itl_margin <= spec.costs.base_s:
+            return (
+                f"no instance can meet an ITL target of {1e3 * target:g} ms: an empty step takes "
+                f"{1e3 * spec.costs.base_s:.3g} ms; the best on offer is "
+                f"{1e3 * spec.costs.base_s / config.itl_margin:.3g} ms"
+            )
+    return None
+
+
 class CapacityModel:
     """An instance is full when its steps reach the ITL target, its KV or its slots, whichever
     comes first; a step takes base + the sum of what each request adds to it.
@@ -41,13 +53,6 @@ class CapacityModel:
         self.max_slots = spec.max_slots
         self.batch_itl_s = config.batch_itl_s
         self._margin = config.itl_margin
-        for target in config.itl_targets_s:
-            if target * self._margin <= spec.costs.base_s:
-                raise ValueError(
-                    f"no instance can meet an ITL target of {1e3 * target:g} ms: an empty step takes "
-                    f"{1e3 * spec.costs.base_s:.3g} ms; the best on offer is "
-                    f"{1e3 * spec.costs.base_s / self._margin:.3g} ms"
-                )
 
     def learn(self, step: MeasuredStep, interactive_load: float) -> None:
         """Take in a step of an instance with this u of interactive work: the fuller it is, the nearer
@@ -70,8 +75,11 @@ class CapacityModel:
 
     def room_s(self, target_s: float) -> float:
         """S - c: seconds of a step at this ITL target beyond those of an empty one, S less its
-        margin."""
-        return max(self._margin * target_s - self.costs_at(target_s).base_s, LEAST_ROOM * target_s)
+        margin. Where an empty step misses S, engines make steps of twice its length."""
+        base_s = self.costs_at(target_s).base_s
+        if base_s >= target_s:
+            return base_s
+        return max(self._margin * target_s - base_s, LEAST_ROOM * target_s)
 
     def added_s(self, prompt_tokens: float, output_tokens: float, target_s: float) -> float:
         """Seconds a request adds to each step it decodes in, its prompt spread over them:
