@@ -27,8 +27,8 @@ class Line:
 
 
 class RecordingFile:
-    """Iterate once over its lines. What a kill leaves is no error: a last line of a section that is cut
-    short is passed over, and stands in `cut`."""
+    """Iterate once over its lines. What a kill leaves is no error: an empty file, or a last line of a
+    section that is cut short, which is passed over and stands in `cut`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,8 +58,6 @@ class RecordingFile:
             self._fail(bad, "it is no JSON object")
         if bad:
             self.cut.append(bad)
-        if not section:
-            raise RecordingError(f"{self.path} is empty")
 
     def _fail(self, number: int, message: str) -> NoReturn:
         raise RecordingError(f"{self.path}, line {number}: {message}")

@@ -97,8 +97,8 @@ def _replay_lines(file: RecordingFile) -> dict[str, Any]:
             difference = _described(found, line, before)
             break
         before.append(line)
-    assert current is not None  # an empty file is an error
-    sections.append({"title": current.title, **current.summary()})
+    if current is not None:
+        sections.append({"title": current.title, **current.summary()})
     return {"file": str(file.path), "sections": sections, "cut_lines": file.cut, "difference": difference}
 
 
@@ -128,7 +128,7 @@ def _described(found: Difference, line: Line, before: deque[Line]) -> dict[str, 
 
 
 def _report(result: Mapping[str, Any]) -> list[str]:
-    lines = []
+    lines = [] if result["sections"] else [f"{result['file']} is empty: nothing was decided"]
     for number, section in enumerate(result["sections"], 1):
         lines.append(f"{result['file']}, section {number}: {section['title']}")
         lines += [f"  {_counted(name, value)}" for name, value in section.items() if name != "title"]

@@ -250,10 +250,21 @@ def test_a_last_line_cut_by_a_kill_is_left_out(log_path: Path) -> None:
 
 
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
-    for content, message in ((b"", "is empty"), (b"buy milk\n", "line 1"), (b"{}\n", "starts with a header")):
+    for content, message in (
+        (b"buy milk\n", "line 1"),
+        (b"buy milk", "line 1"),
+        (b"{}\n", "starts with a header"),
+    ):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(CommandError, match=message):
             _replay_file(tmp_path / "file")
+
+
+def test_a_coordinator_without_an_engine_decided_nothing(tmp_path: Path) -> None:
+    with EventLog(tmp_path / "log"):
+        pass
+    result = _replay_file(tmp_path / "log")
+    assert (result["sections"], result["difference"]) == ([], None)
 
 
 def test_finishing_twice_changes_nothing(log_path: Path) -> None:
