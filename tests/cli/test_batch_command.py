@@ -10,10 +10,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from chiron_engine.commands.batch_file import BatchFileError, read_lines
+from chiron_engine.commands.fleet_batch import state_directory
 from chiron_engine.commands.simulated_engine import VOCABULARY_WITHOUT_TOKENIZER as VOCABULARY
 from chiron_engine.core.simulated_tokens import SimulatedTokens
 from tests.cli.chiron_process import CHIRON, Server, chiron
@@ -152,8 +155,6 @@ BAD_LINES = [
 
 @pytest.mark.parametrize(("line", "words"), BAD_LINES, ids=lambda value: value[:50])
 def test_a_line_that_is_no_request_is_named(line: str, words: str) -> None:
-    from chiron_engine.commands.batch_file import BatchFileError, read_lines
-
     with pytest.raises(BatchFileError) as error:
         list(read_lines([line]))
     assert words in str(error.value)
@@ -204,7 +205,7 @@ def test_a_directory_that_cannot_be_used_is_a_usage_error(tmp_path: Path) -> Non
 def test_killed_at_any_moment_it_goes_on_and_ends_each_line_once(tmp_path: Path) -> None:
     """Five times; each time on the same port and directory, while a client waits for the results."""
     randomness = random.Random(7)
-    port, count, tokens = free_port(), 120, 200
+    port, count, tokens = free_port(), 80, 200
     at = f"127.0.0.1:{port}"
     options = ("--max-num-seqs", "16")
     with server(tmp_path, port, *options) as running:
@@ -220,7 +221,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_each_line_once(tmp_path: Path)
     for _ in range(4):
         with server(tmp_path, port, *options) as running:
             running.wait_ready()
-            time.sleep(randomness.uniform(0.0, 1.5))
+            time.sleep(randomness.uniform(0.0, 1.0))
             lines = json_of(batch("show", "b", "--json", at=at))["lines"]
             assert isinstance(lines, dict)
             unfinished += lines["done"] < count
@@ -233,3 +234,33 @@ def test_killed_at_any_moment_it_goes_on_and_ends_each_line_once(tmp_path: Path)
         assert running.wait() == 0
     assert client.returncode == 0
     check_results(output, count, tokens)
+
+
+def test_the_page_shows_what_is_taken_and_printed(address: str) -> None:
+    """The examples of docs/batch.md, and the fields of a result."""
+    page = (Path(__file__).parents[2] / "docs" / "batch.md").read_text()
+    examples = [line for line in page.splitlines() if line.startswith('{"custom_id"')]
+    requests = [line for line in examples if '"state"' not in line]
+    assert [line.custom_id for line in read_lines(requests)] == ["a", "b"]
+    (done,) = (json.loads(line) for line in examples if '"done"' in line)
+    stdin = json.dumps({"custom_id": "b", "prompt": [1, 2], "max_tokens": 2})
+    printed = json.loads(batch("submit", "-", "--wait", at=address, stdin=stdin).stdout)
+    assert list(printed) == list(done)
+    assert list(printed["usage"]) == list(done["usage"])
+
+
+def test_where_batches_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with ExitStack() as resources:
+        assert state_directory(Path("/given"), "m", 5, 0, resources) == Path("/given")
+        assert (
+            state_directory(None, "org/Model 1.gguf", 5, 5, resources) == tmp_path / "chiron/Model-1.gguf-5"
+        )
+        assert state_directory(None, "..", 5, 5, resources) == tmp_path / "chiron/model-5"
+        temporary = state_directory(None, "m", 5, 0, resources)
+        assert temporary.is_dir()
+        monkeypatch.setenv("XDG_STATE_HOME", "relative")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        kept = state_directory(None, "m", 5, 5, resources)
+        assert kept == tmp_path / "home/.local/state/chiron/m-5"
+    assert not temporary.exists()
