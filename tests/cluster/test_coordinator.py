@@ -46,9 +46,11 @@ def test_an_engine_that_ends_loses_no_request() -> None:
         async with running_fleet(CONFIG, policy="static:2", initial=2) as fleet:
             await fleet.wait_for(lambda: fleet.coordinator.num_ready == 2)
             streams = [asyncio.create_task(fleet.generate([3, i], 150, seed=i)) for i in range(12)]
-            await fleet.wait_for(lambda: len(fleet.coordinator.roster.engines[0].streams) >= 3)
+            engines = fleet.coordinator.roster.engines.values()
+            await fleet.wait_for(lambda: any(len(engine.streams) >= 3 for engine in engines))
             await asyncio.sleep(0.2)
-            await fleet.launcher.stop(0, 0.0)
+            busiest = max(engines, key=lambda engine: len(engine.streams))
+            await fleet.launcher.stop(busiest.instance_id, 0.0)
             for i, tokens in enumerate(await asyncio.gather(*streams)):
                 assert tokens == expected([3, i], 150, seed=i)
             await fleet.wait_for(lambda: fleet.coordinator.num_ready == 2)
