@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -89,6 +90,7 @@ class Coordinator:
         self._policy = policy
         self._most_devices = most_devices
         self._initial_engines = initial_engines
+        self._num_joined = 0
         self._event_log = event_log
         self._keys = itertools.count(1)
         self._streams: dict[int, TokenStream] = {}
@@ -334,6 +336,21 @@ class Coordinator:
         for launch in self.fleet.start(initial, now):
             self.counters.launched(launch)
             self._launch(launch)
+
+    def joined_by_itself(self, change: int) -> None:
+        """Their owner wants them there: the fleet keeps as many more, and launches none in their place."""
+        before = self._num_joined
+        self._num_joined += change
+        # Where the fleet is what has joined, bounds of 0 would make none.
+        least = 0 if self.roster.can_launch else 1
+        added = max(least, self._num_joined) - max(least, before)
+        config = self.config
+        self.config = replace(
+            config,
+            min_instances=max(1, config.min_instances + added),
+            max_gpus=max(1, config.max_gpus + added),
+        )
+        self.tell(FleetResized(self.config.min_instances, self.config.max_gpus))
 
     def linked(self, engine: Engine) -> None:
         assert engine.link is not None

@@ -41,6 +41,7 @@ STOP_GRACE_S = 10.0
 KILL_GRACE_S = 0.0
 ADOPT_WITHIN_S = 5.0
 """For an engine of a coordinator before this one to come back; then another takes its place."""
+NONE_HERE = "no engine is here; start one with chiron engine MODEL --join HOST:PORT"
 MUST_AGREE = ("model", "max_model_len")
 
 
@@ -56,6 +57,10 @@ class RosterOwner(Protocol):
 
     def first_registered(self, register: coordinator_pb2.Register, load_s: float) -> None:
         """The first engine of all says what one instance can do."""
+        ...
+
+    def joined_by_itself(self, change: int) -> None:
+        """There are so many more, or fewer, engines that were not launched here."""
         ...
 
     def linked(self, engine: Engine) -> None:
@@ -228,7 +233,7 @@ class EngineRoster:
     async def _run_process(self, engine: Engine) -> None:
         """From its launch to its end."""
         if self._launcher is None:
-            self._launch_failed(engine, LaunchError("engines join this coordinator by themselves", 1))
+            self._launch_failed(engine, LaunchError(NONE_HERE, 1))
             return
         engine.is_launched = True
         engine.launched_at = self._clock()
@@ -272,7 +277,8 @@ class EngineRoster:
             await self._end(engine, "its process ended" + ("" if code is None else f" with code {code}"))
 
     def _launch_failed(self, engine: Engine, error: LaunchError) -> None:
-        log.error("engine %d failed to start: %s", engine.instance_id, error)
+        if self._launcher is not None:
+            log.error("engine %d failed to start: %s", engine.instance_id, error)
         self.trouble = str(error)
         if not self._has_registered and not self.failed.done():
             self.failed.set_result(error)
@@ -294,6 +300,7 @@ class EngineRoster:
     def _add_joined(self, register: coordinator_pb2.Register) -> Engine:
         """An engine that this coordinator did not launch: started by hand, or thought dead too soon."""
         self._register_first(register, self._config.tick_s)
+        self._owner.joined_by_itself(1)
         engine = self._add(self._owner.next_instance_id)
         target = self._config.itl_targets_s[0]
         engine.role = SetRole(engine.instance_id, Role.MIXED, target)
@@ -344,6 +351,8 @@ class EngineRoster:
             logging.INFO if engine.is_draining else logging.ERROR, "engine %d: %s", engine.instance_id, cause
         )
         produced = self._owner.release(engine)
+        if not engine.is_launched:
+            self._owner.joined_by_itself(-1)
         if engine.is_draining and not produced:
             self._owner.tell(InstanceExited(engine.instance_id))
         else:

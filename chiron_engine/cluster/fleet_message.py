@@ -42,12 +42,15 @@ def fleet_message(coordinator: Coordinator) -> coordinator_pb2.Fleet:
 def _trouble(coordinator: Coordinator, fleet: FleetState, gauges: FleetGauges) -> str:
     """Why there are fewer engines than the load asks for."""
     cause = coordinator.roster.trouble
+    wanted, most = gauges.target + gauges.batch_target, coordinator.config.max_gpus // fleet.model.spec.gpus
+    if not coordinator.roster.can_launch:
+        short = f"the load asks for {wanted} engines and {most} have joined" if wanted > most else ""
+        return cause or short
     if fleet.scaling.has_given_up:
         return (
             f"FAILED: {fleet.scaling.failed_launches} launches in a row failed, the last with: {cause}. One "
             f"is tried every {FAILED_PAUSE_S / 60:.0f} minutes; `chiron scale` tries again now"
         )
-    wanted, most = gauges.target + gauges.batch_target, coordinator.config.max_gpus // fleet.model.spec.gpus
     if not cause and wanted > most:
         return f"the load asks for {wanted} engines; at most {most} may run (`chiron scale --max`)"
     return cause

@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
-import grpc.aio
 import pytest
 
-from chiron_engine.rpc.client import InferenceClient, sampling
-from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc, inference_pb2
 from tests.cli.chiron_process import Server, is_alive, wait_gone
-
-SIMULATED = ["--executor", "simulated", "--profile", "h100/llama-3.1-8b/tp1/bf16"]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def serve(port: int, state: Path, *more: str) -> list[str]:
-    return ["serve", "tiny", *SIMULATED, "--grpc-port", str(port), "--state-dir", str(state), *more]
-
-
-def ask_fleet(port: int) -> coordinator_pb2.Fleet:
-    async def ask() -> coordinator_pb2.Fleet:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub = coordinator_pb2_grpc.CoordinatorStub(channel)
-            return await stub.GetFleet(coordinator_pb2.GetFleetRequest(), wait_for_ready=True, timeout=20)
-
-    return asyncio.run(ask())
-
-
-def generate(port: int, max_tokens: int = 20) -> list[int]:
-    request = inference_pb2.GenerateRequest(
-        token_ids=inference_pb2.TokenIds(ids=[5, 6, 7]),
-        sampling=sampling(max_tokens=max_tokens, seed=1, ignore_eos=True),
-    )
-
-    async def ask() -> list[int]:
-        async with InferenceClient(f"127.0.0.1:{port}") as client:
-            chunks = await client.generate_all(request, timeout=30)
-        return [token for chunk in chunks for token in chunk.token_ids]
-
-    return asyncio.run(ask())
-
-
-def wait_fleet(port: int, count: int, seconds: float = 20.0) -> dict[int, int]:
-    """Instance ids by pid, once so many are ready."""
-    end = time.monotonic() + seconds
-    while True:
-        ready = {i.pid: i.instance_id for i in ask_fleet(port).instances if i.state == "ready"}
-        if len(ready) == count:
-            return ready
-        assert time.monotonic() < end, ready
-        time.sleep(0.05)
+from tests.cli.fleet_process import SIMULATED, ask_fleet, free_port, generate, serve, wait_fleet, wait_until
 
 
 def test_engines_outlive_a_killed_coordinator_and_the_next_one_takes_them_over(tmp_path: Path) -> None:
@@ -134,9 +84,7 @@ def test_without_a_coordinator_an_engine_drains_and_ends(tmp_path: Path) -> None
         assert failed["message"].startswith(f"no coordinator answers at 127.0.0.1:{port}")
     with Server(serve(port, tmp_path)) as server, Server(engine) as joined:
         assert server.wait_ready(), server.stderr
-        end = time.monotonic() + 20
-        while joined.process.pid not in {instance.pid for instance in ask_fleet(port).instances}:
-            assert time.monotonic() < end, joined.stderr
+        wait_until(lambda: joined.process.pid in {instance.pid for instance in ask_fleet(port).instances})
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
         assert joined.wait(20) == 0
