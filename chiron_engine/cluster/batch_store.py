@@ -40,7 +40,6 @@ from .batch_schema import open_database
 from .state_lock import StateLock
 
 DATABASE_NAME = "batch.sqlite3"
-PAGE_LINES = 1000
 ERRORS = {
     LineState.CANCELLED: ("batch_cancelled", "This request was cancelled with its batch."),
     LineState.EXPIRED: (
@@ -51,12 +50,6 @@ ERRORS = {
 BATCH_COLUMNS = (
     "batch_no, batch_id, name, metadata, created, deadline, expires_at, cancelled_at, finished_at, total"
 )
-PENDING = (
-    "SELECT due, line_id, batch_id, line_no, state, prompt_tokens, max_tokens, ttft_slo_s, itl_slo_s,"
-    " created, line.deadline, length(produced) / 4 FROM line JOIN batch USING (batch_no)"
-    " WHERE ended_at IS NULL AND (due, line_id) > (?, ?)"
-)
-PENDING_ORDER = "ORDER BY due, line_id LIMIT ?"
 
 
 class BatchStore:
@@ -295,31 +288,24 @@ class BatchStore:
                 return None
             return ending
 
-    def recover(self, now: float) -> Iterator[PendingLine]:
+    def recover(self, now: float) -> None:
         """For the start, when nothing runs: lines that ran are QUEUED again with the tokens kept, or
-        ended where they were to be stopped. Returns all unfinished lines in order of their deadlines
-        (of lines without one: when the first token is due), read in pages as the iterator advances;
-        lines submitted meanwhile are not among them."""
+        ended where they were to be stopped."""
         with self.transaction():
             for line_id, attempt in self._all("SELECT line_id, attempt FROM line WHERE state = 'running'"):
                 self.requeue(line_id, attempt, now)
-        newest = self._read("SELECT coalesce(max(line_id), 0) FROM line")[0][0]
-        return self._pending(newest)
 
     def waiting(self, after: tuple[float, int], limit: int) -> tuple[PendingLine, ...]:
         """Lines that wait to be run whose `PendingLine.place` is over `after`, in that order."""
-        rows = self._read(f"{PENDING} AND state IN ('queued', 'evicted') {PENDING_ORDER}", *after, limit)
+        rows = self._read(
+            "SELECT line_id, batch_id, line_no, state, prompt_tokens, max_tokens, ttft_slo_s, itl_slo_s,"
+            " created, line.deadline, length(produced) / 4 FROM line JOIN batch USING (batch_no)"
+            " WHERE ended_at IS NULL AND state <> 'running' AND (due, line_id) > (?, ?)"
+            " ORDER BY due, line_id LIMIT ?",
+            *after,
+            limit,
+        )
         return tuple(_pending_line(row) for row in rows)
-
-    def _pending(self, newest: int) -> Iterator[PendingLine]:
-        place: tuple[float, int] = (float("-inf"), 0)
-        while True:
-            rows = self._read(f"{PENDING} AND line_id <= ? {PENDING_ORDER}", *place, newest, PAGE_LINES)
-            for row in rows:
-                yield _pending_line(row)
-            if len(rows) < PAGE_LINES:
-                return
-            place = rows[-1][:2]
 
     def _claim(self, line_id: int, now: float) -> Claim | None:
         row = self._one(
@@ -415,7 +401,7 @@ class BatchStore:
 
 
 def _pending_line(row: Any) -> PendingLine:
-    """From the columns of PENDING."""
-    _, line_id, batch_id, line_no, state, *rest = row
+    """From the columns that `BatchStore.waiting` asks for."""
+    line_id, batch_id, line_no, state, *rest = row
     values: Any = (line_id, batch_id, line_no, LineState(state), *rest)
     return PendingLine(*values)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from chiron_engine.cluster.batch_records import NewLine, ResultPage
+from chiron_engine.cluster.batch_records import NewLine, PendingLine, ResultPage
 from chiron_engine.cluster.batch_store import BatchStore
+from chiron_engine.cluster.batch_window import FIRST
 
 NOW = 1_000_000.0
 
@@ -26,3 +27,12 @@ def results_of(store: BatchStore, batch_id: str, limit: int = 1000) -> ResultPag
         if page.next_after is None:
             return ResultPage(tuple(found), None)
         after = page.next_after
+
+
+def recovered(store: BatchStore, now: float = NOW, page_lines: int = 1000) -> list[PendingLine]:
+    """All lines that wait after a new start."""
+    store.recover(now)
+    found: list[PendingLine] = []
+    while page := store.waiting(found[-1].place if found else FIRST, page_lines):
+        found += page
+    return found

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from chiron_engine.cluster.batch_records import NewBatch, Progress
 from chiron_engine.cluster.batch_store import BatchStore
-from tests.cluster.batch_store_cases import NOW, new_lines
+from tests.cluster.batch_store_cases import NOW, new_lines, recovered
 
 
 def main(directory: Path, seed: int) -> None:
     rng = random.Random(seed)
     store = BatchStore(directory)
-    waiting = [line.line_id for line in store.recover(NOW)]
+    waiting = [line.line_id for line in recovered(store)]
     print("ready", flush=True)
     for number in range(1_000_000):
         lines = store.submit(NewBatch(f"b-{seed}-{number}"), new_lines(8), NOW).lines

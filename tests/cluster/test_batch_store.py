@@ -18,7 +18,8 @@ from chiron_engine.cluster.batch_errors import (
 )
 from chiron_engine.cluster.batch_records import BatchStatus, LineState, NewBatch, Progress, RunningLine
 from chiron_engine.cluster.batch_store import BatchStore
-from tests.cluster.batch_store_cases import NOW, new_line, new_lines, results_of
+from chiron_engine.cluster.batch_window import FIRST
+from tests.cluster.batch_store_cases import NOW, new_line, new_lines, recovered, results_of
 
 LIMITS = BatchLimits(max_lines=4000, max_line_bytes=1000, max_batch_bytes=60_000)
 
@@ -55,7 +56,7 @@ def test_a_batch_is_stored_whole(store: BatchStore) -> None:
     assert stored.status is BatchStatus.IN_PROGRESS
     first, second = submitted.lines
     assert (first.line_no, first.deadline, second.line_no, second.deadline) == (0, NOW + 50, 1, NOW + 7)
-    assert list(store.recover(NOW)) == [second, first]
+    assert recovered(store) == [second, first]
 
 
 def test_files_are_for_their_owner_only(store: BatchStore, tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_an_evicted_line_resumes_from_its_tokens(store: BatchStore) -> None:
     (line,) = running(store)
     store.checkpoint([Progress(line, 1, [1, 2])])
     assert store.evict(line, 1, [1, 2, 2**32 - 1], NOW) is LineState.EVICTED
-    assert next(store.recover(NOW)).produced == 3
+    assert recovered(store)[0].produced == 3
     (claim,) = store.claim([line], NOW)
     assert (claim.attempt, list(claim.produced)) == (2, [1, 2, 2**32 - 1])
     store.checkpoint([Progress(line, 2, [1])])  # late: it has more by now
@@ -156,7 +157,7 @@ def test_a_line_to_be_stopped_does_not_come_back(store: BatchStore, how: str) ->
     elif how == "requeue":
         assert store.requeue(line, 1, NOW) is LineState.CANCELLED
     else:
-        assert list(store.recover(NOW)) == []
+        assert recovered(store) == []
     assert state_counts(store) == {"cancelled": 1}
 
 
@@ -179,13 +180,10 @@ def test_expiry(store: BatchStore) -> None:
     assert store.get("b").status is BatchStatus.EXPIRED
     results = results_of(store, "b").results
     assert [result.error_code for result in results] == ["batch_expired", "", "batch_expired"]
-    assert [line.line_id for line in store.recover(NOW + 12)] == keeps_waiting
+    assert [line.line_id for line in recovered(store, NOW + 12)] == keeps_waiting
 
 
-def test_recovery_is_in_order_of_deadlines_and_in_pages(
-    store: BatchStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("chiron_engine.cluster.batch_store.PAGE_LINES", 3)
+def test_lines_that_wait_come_in_order_of_deadlines_and_in_pages(store: BatchStore) -> None:
     offsets = [40.0, 10.0, 30.0, 10.0, 20.0, 10.0, 50.0, None]
     lines = [
         new_line(f"{i}", deadline=None if offset is None else NOW + offset)
@@ -194,14 +192,11 @@ def test_recovery_is_in_order_of_deadlines_and_in_pages(
     ids = [line.line_id for line in store.submit(NewBatch("b"), lines, NOW).lines]
     store.claim(ids[:4], NOW)
     store.finish(ids[2], 1, b"", NOW)
-    recovered = store.recover(NOW)
-    first = next(recovered)
+    assert [line.line_no for line in store.waiting(FIRST, 9)] == [5, 4, 6, 7]
+    assert [line.line_no for line in recovered(store, page_lines=3)] == [1, 3, 5, 4, 0, 6, 7]
     assert store.get("b").counts[LineState.RUNNING] == 0
-    submit(store, 5, "later", deadline=NOW + 60)
-    store.claim([ids[4]], NOW)
-    rest = list(recovered)
-    assert [line.line_no for line in [first, *rest]] == [1, 3, 5, 4, 0, 6, 7]
-    assert {line.state for line in rest[:2]} == {LineState.QUEUED}
+    second = store.waiting(FIRST, 2)[1]
+    assert [line.line_no for line in store.waiting(second.place, 2)] == [5, 4]
 
 
 def test_listing_pages_from_the_newest(store: BatchStore) -> None:

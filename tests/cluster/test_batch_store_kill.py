@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chiron_engine.cluster.batch_records import LineState
 from chiron_engine.cluster.batch_store import BatchStore
-from tests.cluster.batch_store_cases import NOW, results_of
+from tests.cluster.batch_store_cases import NOW, recovered, results_of
 
 WRITER = Path(__file__).parent / "batch_writer.py"
 ROUNDS = 6
@@ -54,7 +54,7 @@ def test_a_killed_writer_loses_and_doubles_nothing(tmp_path: Path) -> None:
         assert len(found) == len(set(found))
         assert set(outputs.values()) <= set(found)
         # Every line has one result or waits, and those that wait can be run to the end.
-        waiting = list(store.recover(NOW))
+        waiting = recovered(store)
         assert len(waiting) + len(ended) == 8 * len(known)
         with store.transaction():
             for claim in store.claim([line.line_id for line in waiting], NOW):

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from chiron_engine.cluster.batch_records import LineState, NewBatch, Progress
 from chiron_engine.cluster.batch_store import BatchStore
-from tests.cluster.batch_store_cases import NOW, new_line, results_of
+from tests.cluster.batch_store_cases import NOW, new_line, recovered, results_of
 
 WAITING = (LineState.QUEUED, LineState.EVICTED)
 State = LineState
@@ -208,11 +208,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.close()
         shutil.rmtree(old)
         self.store = BatchStore(new)
-        recovered = [(line.line_id, line.state, line.produced) for line in self.store.recover(self.now)]
+        waiting = [(line.line_id, line.state, line.produced) for line in recovered(self.store, self.now, 2)]
         for line in self.model.values():
             if line.state is State.RUNNING:
                 line.hand_back(State.QUEUED, [])
-        assert recovered == [
+        assert waiting == [
             (line_id, line.state, len(line.produced))
             for line_id, line in sorted(self.model.items(), key=lambda item: (item[1].due, item[0]))
             if line.state in WAITING
