@@ -13,11 +13,15 @@ from chiron_engine.commands import (
     calibrate,
     coordinator,
     doctor,
+    drain,
     engine,
     generate,
+    ps,
     replay,
+    scale,
     serve,
     simulate,
+    top,
 )
 from chiron_engine.commands.exits import CommandError
 
@@ -34,6 +38,11 @@ app.command("coordinator")(coordinator.coordinator)
 app.command("engine")(engine.engine)
 app.command("generate")(generate.generate)
 app.add_typer(batch.app, name="batch")
+app.command("ps")(ps.ps)
+app.command("top")(top.top)
+app.command("drain")(drain.drain)
+app.command("retire")(drain.retire)
+app.command("scale")(scale.scale)
 app.command("simulate")(simulate.simulate)
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)

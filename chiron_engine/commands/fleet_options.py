@@ -97,6 +97,12 @@ FLEET_OPTIONS = {
             "file_okay": False,
         },
     ),
+    "metrics_port": TableOption(
+        "--metrics-port",
+        int | None,
+        None,
+        {"help": "Serve Prometheus metrics here (0: any free port; off).", "min": 0, "max": 65535},
+    ),
 }
 
 with_fleet_options = with_options("fleet", FLEET_OPTIONS, "Fleet")
@@ -111,6 +117,7 @@ class FleetOptions:
     initial_engines: int
     event_log: Path | None
     state_dir: Path | None
+    metrics_port: int | None = None
 
 
 def fleet_options(fleet: Mapping[str, Any], initial_engines: int, most_engines: int) -> FleetOptions:
@@ -128,4 +135,11 @@ def fleet_options(fleet: Mapping[str, Any], initial_engines: int, most_engines: 
                 f"--engines is {initial_engines} and --min-engines {config.min_instances}; at most "
                 f"{config.max_gpus} engines may run (--max-engines)"
             )
-        return FleetOptions(config, fleet["policy"], initial_engines, fleet["event_log"], fleet["state_dir"])
+        return FleetOptions(
+            config,
+            fleet["policy"],
+            initial_engines,
+            fleet["event_log"],
+            fleet["state_dir"],
+            fleet["metrics_port"],
+        )

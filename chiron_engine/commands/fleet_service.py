@@ -18,6 +18,7 @@ from chiron_engine.cluster.event_log import EventLog
 from chiron_engine.cluster.local_launcher import LocalLauncher
 from chiron_engine.config import EngineConfig, GatewayConfig
 from chiron_engine.gateway.server import Gateway, open_server, serve_gateway
+from chiron_engine.rpc.port import check_free
 from chiron_engine.rpc.shutdown import Shutdown
 from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
 
@@ -72,6 +73,7 @@ class FleetService:
             name = engine_model_name(self._config, directory)
             coordinator = self._coordinator(launcher, name, resources)
             coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(coordinator), server)
+            self._serve_metrics(coordinator, resources)
             config = self._config
             gateway = Gateway(
                 text,
@@ -163,7 +165,21 @@ class FleetService:
             initial_engines=self._fleet.initial_engines,
             event_log=event_log,
             model=model,
+            most_devices=len(self._engines.gpus) or None if self._engines is not None else None,
         )
+
+    def _serve_metrics(self, coordinator: Coordinator, resources: ExitStack) -> None:
+        port, host = self._fleet.metrics_port, self._listen.host
+        if port is None:
+            return
+        from chiron_engine.cluster.metrics import MetricsServer
+
+        with port_errors():
+            check_free(host, port)
+        name = self._config.served_model_name or self._config.model
+        metrics = MetricsServer(coordinator, name, host, port)
+        resources.callback(metrics.close)
+        note(f"metrics on http://{reachable(host, metrics.port)}/metrics")
 
     def _phases_of(self, instance_id: int) -> LoadPhases:
         live = self._fleet.config.max_gpus == 1
