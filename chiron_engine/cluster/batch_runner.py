@@ -203,10 +203,9 @@ class BatchRunner:
             return self._nothing(line)
         stream = self._stream(line, claim)
         hello = self._coordinator.hello
-        assert hello is not None  # it has a place
         if line.is_withdrawn:
             stream.abort()
-        elif (reason := stream.end_of(hello)) is not None:
+        elif hello is not None and (reason := stream.end_of(hello)) is not None:
             stream.finish(engine_pb2.Finished(reason=reason))
         if stream.has_ended:
             self._coordinator.cancel(line.key)
