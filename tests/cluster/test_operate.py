@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import grpc.aio
 import pytest
 
 from chiron_engine.cluster.event_log import EventLog
+from chiron_engine.cluster.event_replay import EventReplay
 from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.rpc.client import CoordinatorClient
 from tests.cluster.fleet_stack import Fleet, InProcessLauncher, expected, running_fleet
@@ -101,6 +103,24 @@ def test_the_bounds_of_a_fleet_change_while_it_runs() -> None:
             assert (shown.min_instances, shown.max_devices) == (1, 1)
 
     asyncio.run(check())
+
+
+def test_what_operators_asked_is_logged_and_decided_the_same_in_a_replay(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+
+    async def check() -> None:
+        with EventLog(path) as log:
+            async with running_fleet(CONFIG, event_log=log) as fleet:
+                fleet.coordinator.scale(2, 2)
+                await fleet.wait_for(lambda: fleet.coordinator.num_ready == 2)
+                fleet.coordinator.retire(0)
+                await fleet.wait_for(lambda: set(fleet.coordinator.roster.engines) == {1, 2})
+
+    asyncio.run(check())
+    header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    replay = EventReplay(header)
+    assert [replay.feed(line) for line in lines] == [None] * len(lines)
+    assert {"FleetResized", "RetireAsked"} <= {line.get("kind") for line in lines}
 
 
 def test_launches_that_fail_stop_after_five_and_scale_tries_again() -> None:
