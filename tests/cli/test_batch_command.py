@@ -202,6 +202,29 @@ def test_a_directory_that_cannot_be_used_is_a_usage_error(tmp_path: Path) -> Non
         assert "--state-dir" in running.stderr
 
 
+def test_a_damaged_store_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "batch.sqlite3").write_text("no database\n" * 100)
+    with server(tmp_path, "0") as running:
+        assert running.wait(30) == 1
+        assert "no SQLite database" in running.stderr
+        assert "Traceback" not in running.stderr
+    assert (tmp_path / "batch.sqlite3").read_text().startswith("no database")
+
+
+def test_ctrl_c_ends_the_waiting_and_not_the_batch(address: str) -> None:
+    stdin = batch_lines(3, 20_000)
+    assert batch("submit", "-", "--id", "long", at=address, stdin=stdin).returncode == 0
+    command = [*CHIRON, "batch", "fetch", "long", "--wait", "--server", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
+        time.sleep(2.0)
+        client.send_signal(signal.SIGINT)
+        output, errors = client.communicate(timeout=10)
+    assert (client.returncode, output) == (130, "")
+    assert "Traceback" not in errors
+    assert json_of(batch("show", "long", "--json", at=address))["status"] == "in_progress"
+    batch("cancel", "long", at=address)
+
+
 def test_killed_at_any_moment_it_goes_on_and_ends_each_line_once(tmp_path: Path) -> None:
     """Five times; each time on the same port and directory, while a client waits for the results."""
     randomness = random.Random(7)
