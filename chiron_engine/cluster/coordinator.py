@@ -141,7 +141,7 @@ class Coordinator:
             stream.fail(unavailable("no engine is ready yet; the model is loading", "model_loading"))
             return
         try:
-            request = fleet_request(stream, received, hello)
+            request = fleet_request(stream, received, hello, self.config)
         except ValueError as error:
             stream.fail(invalid_argument(str(error)))
             return
@@ -223,13 +223,16 @@ class Coordinator:
         """Change the bounds of the fleet's size; None leaves one as it is. Raises ValueError."""
         if self.fleet is None:
             raise ValueError("the fleet has no engine yet; its bounds can change once the first is there")
+        if not self.roster.can_launch:
+            raise ValueError("engines join this coordinator by themselves; start or drain one to change that")
+        most = None if self._most_devices is None else self._most_devices + self._num_joined
         self.config = resized(
             self.config,
             self._policy,
             self.fleet.model.spec,
             min_instances=min_instances,
             max_gpus=max_devices,
-            most_gpus=self._most_devices,
+            most_gpus=most,
         )
         self.tell(FleetResized(self.config.min_instances, self.config.max_gpus))
 

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
+from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.policy.fleet.messages import FleetRequest
 from chiron_engine.policy.iteration.request import Slo, SloClass
 from chiron_engine.rpc.token_stream import TokenStream
@@ -16,10 +17,15 @@ PREFIX_TOKENS = 128
 """Requests whose prompts begin with the same tokens, so many, gain from the same engine."""
 
 
-def fleet_request(stream: TokenStream, received: float, hello: engine_pb2.Hello) -> FleetRequest:
-    """received: on the coordinator's clock. Raises ValueError for an SLO that is none, or a deadline
-    that has passed."""
+def fleet_request(
+    stream: TokenStream, received: float, hello: engine_pb2.Hello, config: FleetConfig
+) -> FleetRequest:
+    """received: on the coordinator's clock. An interactive request that asks for no ITL has the default,
+    or the loosest target on offer where that is looser. Raises ValueError for an SLO that is none."""
     fields = slo_fields(stream.slo)
+    itl_s = fields["itl_s"]
+    if not (fields["batch"] or stream.slo.HasField("itl_slo_ms")):
+        itl_s = max(itl_s, config.itl_targets_s[-1])
     deadline_s = fields["deadline_s"]
     prompt = len(stream.prompt_ids)
     room = hello.max_model_len - prompt
@@ -29,7 +35,7 @@ def fleet_request(stream: TokenStream, received: float, hello: engine_pb2.Hello)
         slo=Slo(
             SloClass.BATCH if fields["batch"] else SloClass.INTERACTIVE,
             fields["ttft_s"],
-            fields["itl_s"],
+            itl_s,
             None if deadline_s is None else received + deadline_s,
         ),
         arrival=received,

@@ -58,3 +58,10 @@ def test_extreme_ratios_are_kept_at_the_ends_of_the_scale() -> None:
         for _ in range(TRUSTED):
             tail.observe(ratio)
     assert math.isfinite(tail.rho99)
+
+
+def test_a_few_steps_far_off_do_not_stand_for_all() -> None:
+    tail = StepTail()
+    for step in range(300):
+        tail.observe(6.0 if step % 50 == 0 else 1.0)
+    assert tail.rho99 < 1.2

@@ -12,6 +12,9 @@ PERCENT = 99
 
 NORMAL_PERCENTILE = 2.33
 PRIOR_SIGMA = 0.10
+MOST_DEVIATION = 3 * PRIOR_SIGMA
+"""What a sample counts for sigma, at most: a few far off, as when something else takes the machine, say
+nothing of the others, and engines that step slowly take minutes to have samples enough."""
 PRIOR_WEIGHT = 50
 """Samples that the prior's sigma counts for."""
 
@@ -48,7 +51,8 @@ class StepTail:
             self._bins[old] -= 1
             self._above -= old > self._cursor
         elif self.samples < TRUSTED:
-            self._squares += deviation * deviation
+            clipped = max(-MOST_DEVIATION, min(deviation, MOST_DEVIATION))
+            self._squares += clipped * clipped
         self._ring[position] = index
         self._bins[index] += 1
         self._above += index > self._cursor
