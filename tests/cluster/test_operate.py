@@ -99,6 +99,9 @@ def test_the_bounds_of_a_fleet_change_while_it_runs() -> None:
             fleet.coordinator._most_devices = 4
             code, message = await refusal(client.scale(max_devices=5))
             assert code is grpc.StatusCode.INVALID_ARGUMENT and "there are 4 devices" in message
+            fleet.coordinator.roster._launcher = None
+            code, message = await refusal(client.scale(max_devices=2))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT and "join this coordinator" in message
             shown = await client.fleet()
             assert (shown.min_instances, shown.max_devices) == (1, 1)
 
