@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from chiron_engine.policy.fleet.messages import FleetRequest
 from chiron_engine.policy.iteration.request import Slo, SloClass
@@ -32,8 +32,6 @@ LINES_PER_TURN = 64
 CHECKPOINT_S = 2.0
 RETRY_S = 1.0
 """Between two tries of a store that fails: its disk may have space again."""
-
-T = TypeVar("T")
 
 
 class BatchRunner:
@@ -150,7 +148,7 @@ class BatchRunner:
 
     async def _next_page(self) -> tuple[PendingLine, ...]:
         after = self._window.horizon
-        return await self._call(lambda store: store.waiting(after, PAGE_LINES))
+        return await self._store.call(lambda store: store.waiting(after, PAGE_LINES))
 
     async def _change(self, change: WindowChange) -> None:
         for pending in change.leave:
@@ -275,7 +273,7 @@ class BatchRunner:
 
     async def _expire(self) -> None:
         now = self._wall_time()
-        self.on_withdrawn(await self._call(lambda store: store.expire(now)))
+        self.on_withdrawn(await self._store.call(lambda store: store.expire(now)))
 
     async def _resume(self) -> None:
         """Evicted lines that run again are running for the store, too."""
@@ -289,7 +287,7 @@ class BatchRunner:
             line.is_evicted = False  # before the store answers: it may be evicted again meanwhile
         try:
             if resumed:
-                await self._call(lambda store: [claim_again(store, line, now) for line in resumed])
+                await self._store.call(lambda store: [claim_again(store, line, now) for line in resumed])
         except BatchStoreError:
             for line in resumed:
                 line.is_evicted = True
@@ -305,7 +303,8 @@ class BatchRunner:
                 progress.append(Progress(line.pending.line_id, line.attempt, stream.tokens[:]))
         if not progress:
             return
-        await self._call(lambda store: store.checkpoint(progress))
+        await self._store.call(lambda store: store.checkpoint(progress))
+        self._well()
         for line, count in noted:
             line.noted = max(line.noted, count)
 
@@ -324,7 +323,7 @@ class BatchRunner:
         after: the line still runs, as far as the store knows."""
         while True:
             try:
-                return await self._call(operation)
+                result = await self._store.call(operation)
             except BatchStoreClosed:
                 raise
             except BatchStoreError as error:
@@ -332,13 +331,9 @@ class BatchRunner:
                     self._say(error)
                     raise
                 await self._pause(error)
-
-    async def _call(self, operation: Callable[[BatchStore], T]) -> T:
-        result = await self._store.call(operation)
-        if self._trouble:
-            log.info("the batch store works again")
-            self._trouble = ""
-        return result
+            else:
+                self._well()
+                return result
 
     # Small steps of the above.
 
@@ -368,6 +363,12 @@ class BatchRunner:
             return
         self._trouble = str(error)
         log.error("%s; batch work waits, and what cannot be stored is done again", error)
+
+    def _well(self) -> None:
+        """Something was written."""
+        if self._trouble:
+            log.info("the batch store takes results again")
+            self._trouble = ""
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
