@@ -289,6 +289,7 @@ class Coordinator:
         self._placed[key] = engine
         stream = self._streams.get(key)
         if stream is not None:
+            stream.gave_way = effect.evictions
             _run(stream, engine)
         elif key in self._starts:
             self.roster.spawn(self._start_stream(key, self._starts[key]))

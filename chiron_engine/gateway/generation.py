@@ -146,5 +146,5 @@ class Generation:
             max_itl_ms=times.longest_gap * 1e3,
             total_ms=(time.monotonic() - self._received) * 1e3,
             queue_ms=finished.queue_s * 1e3,
-            preemptions=finished.preemptions + self._stream.num_evictions,
+            preemptions=finished.preemptions,
         )

@@ -109,6 +109,8 @@ class TokenStream:
         self.is_aborted = False
         self.num_attempts = 0
         self.num_evictions = 0
+        self.gave_way = 0
+        """How often it gave way to others, as its owner counts; an engine evicts it only so many times."""
         self._owner = owner
         self._attempt: Attempt | None = None
         self._handle = 0
@@ -184,6 +186,7 @@ class TokenStream:
             slo=self.slo,
             request_id=self.request_id,
             key=self.key,
+            evictions=self.gave_way,
         )
         if self.tokens:
             submit.prompt_token_ids.extend(self.tokens)

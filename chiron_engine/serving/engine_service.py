@@ -168,6 +168,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             raise invalid_argument(f"handle {submit.handle} is in use on this stream")
         try:
             request = self._resumed(submit, stream, loop) or self._build(submit, stream, loop)
+            request.num_preempted = max(request.num_preempted, submit.evictions)
             loop.submit(request)
         except ValueError as error:  # InvalidRequest too
             stream.reject(submit.handle, grpc.StatusCode.INVALID_ARGUMENT, str(error))

@@ -156,11 +156,6 @@ def test_a_prompt_no_instance_holds_is_refused() -> None:
     assert isinstance(effect, Reject) and "32768" in effect.reason
 
 
-def test_an_itl_target_no_instance_meets_is_told_at_the_start() -> None:
-    with pytest.raises(ValueError, match=r"5 ms.*best on offer is 6\.32 ms"):
-        FleetDriver(config=FleetConfig(itl_targets_s=(0.005,)))
-
-
 def test_prefix_affinity_breaks_the_tie() -> None:
     driver = FleetDriver().start(2)
     for number in range(60):

@@ -196,3 +196,16 @@ def test_sampling_and_slo_reach_the_core(monkeypatch: pytest.MonkeyPatch) -> Non
     assert second.sampling == SamplingParams(max_tokens=3)
     assert second.slo == Slo()
     assert second.stop_ids == set(DESCRIPTION.eos_token_ids)
+
+
+def test_a_request_that_gave_way_elsewhere_brings_its_count() -> None:
+    async def check() -> None:
+        async with running_engine() as engine:
+            connection = engine.client.connect()
+            await connection.read()
+            slo = types_pb2.Slo(slo_class=types_pb2.SLO_CLASS_BATCH)
+            await connection.write(engine_pb2.EngineCommand(submits=[submit(1, slo=slo, evictions=2)]))
+            outputs = await read_until(connection, ended(1))
+            assert outputs[-1].finished[0].preemptions == 2
+
+    asyncio.run(check())
