@@ -31,6 +31,7 @@ class EngineLoad:
 
     step: int
     running: int
+    running_batch: int
     waiting: int
     max_running: int
     free_blocks: int
@@ -293,6 +294,7 @@ class EngineCore:
         return EngineLoad(
             step=scheduler.step,
             running=len(scheduler.running),
+            running_batch=scheduler.num_running_batch,
             waiting=len(scheduler.waiting),
             max_running=scheduler.limits.max_running,
             free_blocks=device.num_free,

@@ -28,6 +28,8 @@ class Telemetry:
         message = coordinator_pb2.Telemetry(
             boot_id=self._boot_id,
             step=load.step,
+            running_interactive=load.running - load.running_batch,
+            running_batch=load.running_batch,
             waiting=load.waiting,
             max_running=load.max_running,
             batch_tokens_total=self._batch_tokens,
@@ -43,8 +45,6 @@ class Telemetry:
             phase="ready" if self._loop.state is LoopState.RUNNING else self._loop.state.value,
         )
         if last is not None and load.running:
-            message.running_batch = min(last.batch_requests, load.running)
-            message.running_interactive = load.running - message.running_batch
             message.kv_tokens = last.kv_tokens
             message.itl_s = last.itl_s
         if last is not None:
