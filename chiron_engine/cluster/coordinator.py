@@ -40,7 +40,7 @@ from chiron_engine.policy.fleet.messages import (
 )
 from chiron_engine.policy.fleet.resize import resized
 from chiron_engine.policy.iteration.step_costs import StepCosts
-from chiron_engine.rpc.errors import RpcFailure, invalid_argument, unavailable
+from chiron_engine.rpc.errors import RpcFailure, exhausted, invalid_argument, unavailable
 from chiron_engine.rpc.token_stream import TokenStream
 from chiron_engine.rpc.v1 import coordinator_pb2, engine_pb2, types_pb2
 
@@ -266,7 +266,8 @@ class Coordinator:
         while True:
             await asyncio.sleep(self.config.tick_s)
             self.roster.bury_dead()
-            self.tell(Tick())
+            if self.fleet is not None:
+                self.tell(Tick())
 
     # Effects.
 
@@ -430,4 +431,6 @@ async def _refuse(start: StartStream, effect: Reject) -> None:
 
 
 def _refusal(effect: Reject) -> RpcFailure:
+    if effect.retry_after_s:
+        return exhausted(effect.reason, "rate_limit_exceeded", int(1e3 * effect.retry_after_s))
     return RpcFailure(grpc.StatusCode.FAILED_PRECONDITION, effect.reason, error_code="slo_not_offered")

@@ -10,11 +10,11 @@ from typing import Any
 import typer
 
 from chiron_engine.policy.fleet.autoscalers import GLOBAL_AUTOSCALERS
-from chiron_engine.policy.fleet.config import FleetConfig
+from chiron_engine.policy.fleet.config import ADMISSIONS, FleetConfig
 
 from .durations import parse_duration
 from .exits import usage_errors
-from .option_tables import TableOption, with_options
+from .option_tables import TableOption, choice, with_options
 
 DEFAULTS = FleetConfig()
 
@@ -82,6 +82,15 @@ FLEET_OPTIONS = {
         "1s",
         {"help": "Time between two looks at the fleet.", "parser": _seconds, "metavar": "TIME"},
     ),
+    "admission": TableOption(
+        "--admission",
+        str,
+        DEFAULTS.admission,
+        {
+            "help": "Interactive requests that find no room in time: run late, or refused with a retry hint.",
+            **choice(ADMISSIONS),
+        },
+    ),
     "event_log": TableOption(
         "--event-log",
         Path | None,
@@ -129,6 +138,7 @@ def fleet_options(fleet: Mapping[str, Any], initial_engines: int, most_engines: 
             tick_s=fleet["tick_s"],
             itl_targets_s=fleet["itl_targets_s"],
             batch_itl_s=fleet["batch_itl_s"],
+            admission=fleet["admission"],
         )
         if not config.min_instances <= config.max_gpus or initial_engines > config.max_gpus:
             raise ValueError(

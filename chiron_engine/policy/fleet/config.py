@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+ADMISSIONS = ("hold", "strict")
+
 
 @dataclass(frozen=True, slots=True)
 class FleetConfig:
@@ -25,6 +27,7 @@ class FleetConfig:
     itl_margin: float = 0.95
     prior_output_tokens: float = 256.0
     window_s: float = 300.0
+    admission: str = "hold"
 
     def __post_init__(self) -> None:
         for name in ("max_gpus", "min_instances"):
@@ -33,6 +36,8 @@ class FleetConfig:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         for name in ("tick_s", "batch_itl_s", "itl_margin", "prior_output_tokens", "window_s"):
             _require_positive(name, getattr(self, name))
+        if self.admission not in ADMISSIONS:
+            raise ValueError(f"admission is {self.admission!r}; it must be one of {', '.join(ADMISSIONS)}")
         if self.itl_margin > 1:
             raise ValueError(f"itl_margin is {self.itl_margin}; it must be at most 1")
         if not self.itl_targets_s:

@@ -60,6 +60,7 @@ class Dispatcher:
         self._model = model
         self._instances = instances
         self._router = router
+        self._lead_s = lead_s
         self.queue = BatchQueue(lead_s)
         self.throughput = BatchThroughput(model, max(config.window_s, lead_s))
         self.outputs = {cls: OutputEstimate(config.prior_output_tokens) for cls in SloClass}
@@ -160,7 +161,9 @@ class Dispatcher:
             failures += 1
             if overloaded and failures > MOST_FAILURES:
                 break
-            if not overloaded and now >= tracked.force_at:
+            if now >= tracked.force_at and self._may_refuse(tracked):
+                self._refuse(tracked, now, out)
+            elif not overloaded and now >= tracked.force_at:
                 overloaded = not self._run_late(tracked, now, out)
 
     def withdraw(self, instance: Instance) -> None:
@@ -253,8 +256,25 @@ class Dispatcher:
     def _serve_interactive(self, tracked: Tracked, now: float, out: Effects) -> None:
         self._size(tracked, 1.0)
         self.held[tracked.request.request_id] = tracked
-        if not self._find_room(tracked, now, out) and now >= tracked.force_at:
+        if self._find_room(tracked, now, out) or now < tracked.force_at:
+            return
+        if self._may_refuse(tracked):
+            self._refuse(tracked, now, out)
+        else:
             self._run_late(tracked, now, out)
+
+    def _may_refuse(self, tracked: Tracked) -> bool:
+        """What has tokens already was accepted."""
+        return self._config.admission == "strict" and not tracked.request.produced
+
+    def _refuse(self, tracked: Tracked, now: float, out: Effects) -> None:
+        request = tracked.request
+        reason = (
+            f"no instance has room to keep a TTFT of {request.slo.ttft_s:g} s and an ITL of "
+            f"{1e3 * request.slo.itl_s:g} ms at this load"
+        )
+        out.append(Reject(request.request_id, reason, self._lead_s))
+        self._leave(tracked, now, out)
 
     def _find_room(self, tracked: Tracked, now: float, out: Effects) -> bool:
         """Route a held request to an instance with room, turning a batch one mixed if need be."""

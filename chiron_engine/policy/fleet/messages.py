@@ -251,10 +251,12 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """The request can never be served as asked; `reason` says what is on offer."""
+    """The request is not served; `reason` says what is on offer. retry_after_s: when there may be room for
+    it, 0 where it can never be served as asked."""
 
     request_id: int
     reason: str
+    retry_after_s: float = 0.0
 
 
 FleetEffect = Launch | SetRole | Drain | Route | Forget | Reject
