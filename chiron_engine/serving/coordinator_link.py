@@ -106,6 +106,9 @@ class CoordinatorLink:
         kind = order.WhichOneof("order")
         if kind == "joined":
             self._register.instance_id = order.joined.instance_id
+            # One that was launched is announced by who launched it.
+            level = logging.DEBUG if self._register.HasField("instance_id") else logging.INFO
+            log.log(level, "joined %s as engine %d", self._address, order.joined.instance_id)
             self._register.coordinator_id = order.joined.coordinator_id
             self._orders.joined()
             line.begin(order.joined.report_every_s)
@@ -122,7 +125,8 @@ class CoordinatorLink:
             self._orders.refused(error.details() or error.code().name)
             return
         level = logging.WARNING if answered else logging.DEBUG
-        log.log(level, "coordinator %s: %s", self._address, error)
+        cause = error.details() if isinstance(error, grpc.Call) else error
+        log.log(level, "coordinator %s: %s", self._address, cause)
 
 
 class _Line:
