@@ -74,6 +74,13 @@ class SimulatedTokens:
         sampled = [r for c, r in zip(plan.chunks, plan.chunk_requests, strict=True) if c.samples]
         return [self._next(request) for request in (*plan.decode.requests, *sampled)]
 
+    def output(self, prompt_ids: Sequence[int], seed: int, count: int) -> list[int]:
+        """The first `count` tokens of a request that goes on for so long, wherever it runs."""
+        tokens = list(prompt_ids)
+        for position in range(len(tokens), len(tokens) + count):
+            tokens.append(self._follower(seed, position, tokens[-1]))
+        return tokens[len(prompt_ids) :]
+
     def _next(self, request: Request) -> int:
         outputs = request.output_ids
         position = len(request.prompt_ids) + len(outputs)
