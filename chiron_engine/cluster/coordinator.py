@@ -53,8 +53,11 @@ from .fleet_requests import fleet_request
 log = logging.getLogger(__name__)
 
 REFUSED_PAUSE_S = 0.1
-MOST_LOST_ATTEMPTS = 3
-"""Engines that one request may lose before it is taken for the cause."""
+MOST_VAIN_LOSSES = 3
+"""Engines that end one after another with a request, without a token of it in between, before it is taken
+for the cause: what kills an engine does so again where it goes on."""
+MOST_LOSSES = 10
+"""Of engines in all: a request may kill them later."""
 
 StartStream = Callable[[], Awaitable[TokenStream]]
 
@@ -382,7 +385,9 @@ class Coordinator:
         """The engine may have gone between a request's last token and the word that it was the last."""
         if self._hello is not None and (reason := stream.end_of(self._hello)) is not None:
             stream.finish(engine_pb2.Finished(reason=reason))
-        elif stream.num_attempts - stream.num_evictions >= MOST_LOST_ATTEMPTS:
+            return
+        stream.engine_ended()
+        if stream.num_vain_losses >= MOST_VAIN_LOSSES or stream.num_losses >= MOST_LOSSES:
             stream.fail(unavailable("every engine that served this request was lost", "engine_lost"))
 
     async def _send_back(self, stream: TokenStream, engine: Engine) -> None:

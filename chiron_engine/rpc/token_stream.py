@@ -79,7 +79,8 @@ class TokenStream:
     another attempt, which goes on where the last one stopped (equal seeds and positions draw equal
     tokens). Exactly one of `finished` and `failure` is set when it has ended.
 
-    key: its name over all its attempts, given by the owner. num_attempts: started so far.
+    key: its name over all its attempts, given by the owner. num_attempts: started so far. num_losses:
+    engines that ended with it. num_vain_losses: the last of those, between which no token came.
     """
 
     def __init__(
@@ -111,6 +112,9 @@ class TokenStream:
         self.num_evictions = 0
         self.gave_way = 0
         """How often it gave way to others, as its owner counts; an engine evicts it only so many times."""
+        self.num_losses = 0
+        self.num_vain_losses = 0
+        self._tokens_at_loss = -1
         self._owner = owner
         self._attempt: Attempt | None = None
         self._handle = 0
@@ -193,6 +197,13 @@ class TokenStream:
             if self.sampling.HasField("max_tokens"):
                 submit.sampling.max_tokens = self.sampling.max_tokens - len(self.tokens)
         return submit
+
+    def engine_ended(self) -> None:
+        """Count the end of an engine where it was. Losing only the connection is none."""
+        came = len(self.tokens) > self._tokens_at_loss >= 0
+        self.num_losses += 1
+        self.num_vain_losses = 1 if came else self.num_vain_losses + 1
+        self._tokens_at_loss = len(self.tokens)
 
     def fail(self, failure: RpcFailure) -> None:
         """No engine will go on with it; the client is told why."""
