@@ -118,7 +118,7 @@ class Chaos:
         options, server = self._options, self._server
         batches = Batches(server, self._workload, options.lines, "engines")
         await batches.submit()
-        traffic = Traffic(server, self._workload, options.streams)
+        traffic = Traffic(server, self._workload, options.streams, self._chance)
         kills = await kill_engines(server, options.kills, options.kill_within, self._chance)
         return await self._phase("engines killed", kills, traffic, batches)
 
@@ -127,7 +127,7 @@ class Chaos:
         before = {engine.pid for engine in await server.wait_engines(_are_all_there)}
         batches = Batches(server, self._workload, options.lines, "coordinator")
         await batches.submit()
-        traffic = Traffic(server, self._workload, options.streams)
+        traffic = Traffic(server, self._workload, options.streams, self._chance)
         kills = await kill_coordinator(server, batches, options.kills, options.kill_within, self._chance)
         after = {engine.pid for engine in await server.wait_engines(_are_all_there)}
         if before != after:

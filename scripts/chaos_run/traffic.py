@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,9 @@ from chiron_engine.rpc.v1 import batch_pb2, types_pb2
 
 from .server import LOOK_EVERY_S, Server
 from .workload import Asked
+
+LONGEST_PAUSE_S = 1.0
+"""Between two streams of a client."""
 
 
 @dataclass(slots=True)
@@ -47,10 +51,13 @@ async def ask(server: Server, asked: Asked) -> Stream:
 
 
 class Traffic:
-    """So many clients, each with one stream at a time, until `stop`."""
+    """So many clients, each with one stream at a time and a pause after it, until `stop`."""
 
-    def __init__(self, server: Server, workload: Sequence[Asked], clients: int) -> None:
+    def __init__(
+        self, server: Server, workload: Sequence[Asked], clients: int, chance: random.Random
+    ) -> None:
         self.streams: list[Stream] = []
+        self._chance = chance
         self._server = server
         self._next = itertools.cycle(workload)
         self._is_stopping = False
@@ -65,10 +72,8 @@ class Traffic:
     async def _keep_asking(self) -> None:
         while not self._is_stopping:
             await self._server.is_up.wait()
-            stream = await ask(self._server, next(self._next))
-            self.streams.append(stream)
-            if stream.error:
-                await asyncio.sleep(LOOK_EVERY_S)
+            self.streams.append(await ask(self._server, next(self._next)))
+            await asyncio.sleep(self._chance.uniform(0.0, LONGEST_PAUSE_S))
 
 
 @dataclass(frozen=True, slots=True)
