@@ -33,6 +33,9 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         reader = asyncio.create_task(self._read(engine, reports))
         try:
             await asyncio.wait([sender, reader], return_when=asyncio.FIRST_COMPLETED)
+            for end in (sender, reader):
+                if end.done():
+                    end.result()  # raises what ended the line
         finally:
             sender.cancel()
             reader.cancel()

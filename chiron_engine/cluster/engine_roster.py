@@ -29,6 +29,7 @@ from chiron_engine.rpc.v1 import coordinator_pb2
 
 from .engine_records import EngineRecord
 from .engines import Engine, Launcher, LaunchError, reported
+from .register_checks import check_register
 
 log = logging.getLogger(__name__)
 
@@ -366,6 +367,7 @@ class EngineRoster:
         """One version and one model for all. What else must agree, those that joined before say."""
         if register.version != __version__:
             raise _refused(f"version is {register.version}; this coordinator runs {__version__}")
+        check_register(register)
         if self._model is not None and register.model != self._model:
             raise _refused(f"model is {register.model}; this coordinator serves {self._model}")
         known = next((e.register for e in self.engines.values() if e.register is not None), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -102,8 +103,10 @@ class Engine:
 
 
 def reported(instance_id: int, telemetry: coordinator_pb2.Telemetry) -> InstanceReported:
-    """A report as the fleet policy takes it."""
+    """A report as the fleet policy takes it: without a step whose time is none, and with 0 for what is
+    no number."""
     step = telemetry.last_step
+    is_timed = telemetry.HasField("last_step") and math.isfinite(step.seconds) and step.seconds > 0.0
     return InstanceReported(
         instance_id=instance_id,
         running_interactive=telemetry.running_interactive,
@@ -112,15 +115,19 @@ def reported(instance_id: int, telemetry: coordinator_pb2.Telemetry) -> Instance
         kv_tokens=telemetry.kv_tokens,
         max_running=telemetry.max_running,
         token_budget=telemetry.token_budget,
-        itl_s=telemetry.itl_s,
+        itl_s=_number(telemetry.itl_s),
         batch_tokens_total=telemetry.batch_tokens_total,
         output_tokens_total=telemetry.output_tokens_total,
         preemptions_total=telemetry.preemptions_total,
         last_step=MeasuredStep(
             step.seconds, step.requests, step.kv_tokens, step.prompt_tokens, step.prompt_context
         )
-        if telemetry.HasField("last_step")
+        if is_timed
         else None,
-        latency_backpressure=telemetry.latency_backpressure,
-        throughput_backpressure=telemetry.throughput_backpressure,
+        latency_backpressure=_number(telemetry.latency_backpressure),
+        throughput_backpressure=_number(telemetry.throughput_backpressure),
     )
+
+
+def _number(value: float) -> float:
+    return value if math.isfinite(value) and value > 0.0 else 0.0

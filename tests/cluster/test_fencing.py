@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +17,7 @@ import pytest
 
 from chiron_engine import __version__
 from chiron_engine.cluster import engine_roster
+from chiron_engine.cluster.engines import reported
 from chiron_engine.cluster.fleet_message import fleet_message
 from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.rpc.shutdown import Shutdown
@@ -23,7 +25,17 @@ from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
 from chiron_engine.serving.engine_process import LoadedEngine, run_engine
 from chiron_engine.serving.engine_service import EngineDescription
 from chiron_engine.serving.fleet_member import Join
-from tests.cluster.fleet_stack import COSTS, END, NAME, SHAPE, Fleet, expected, running_fleet, simulated_core
+from tests.cluster.fleet_stack import (
+    COSTS,
+    END,
+    NAME,
+    SHAPE,
+    Fleet,
+    InProcessLauncher,
+    expected,
+    running_fleet,
+    simulated_core,
+)
 
 CONFIG = FleetConfig(max_gpus=2, tick_s=0.1, prior_output_tokens=32.0)
 
@@ -81,6 +93,79 @@ def test_an_engine_that_does_not_fit_is_refused(changes: dict[str, object], word
             assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
             assert len(fleet.coordinator.roster.engines) == 1
             assert await fleet.generate([1], 5) == expected([1], 5)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"costs": coordinator_pb2.StepCosts(base_s=math.nan)}, "costs.base_s is nan; it must be finite"),
+        ({"costs": coordinator_pb2.StepCosts(base_s=1, per_request_s=-2)}, "costs.per_request_s is -2.0"),
+        ({"costs": coordinator_pb2.StepCosts()}, "costs.base_s is 0"),
+        ({"kv_capacity_tokens": 0}, "kv_capacity_tokens is 0; it must be at least 1"),
+        ({"max_slots": 0}, "max_slots is 0; it must be at least 1"),
+        ({"address": ""}, "address is ''; it must be host:port"),
+        ({"address": "host:70000"}, "address is 'host:70000'; it must be host:port"),
+        ({"boot_id": ""}, "boot_id is empty"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(changes: dict[str, object], words: str) -> None:
+    """Also as the first of all, whose word the policy starts with: the next one is taken."""
+
+    async def check() -> None:
+        async with running_fleet(CONFIG, launcher=InProcessLauncher(delay_s=0.5), wait=False) as fleet:
+            async with asyncio.timeout(10):
+                while not fleet.coordinator.roster._has_started:
+                    await asyncio.sleep(0.01)
+            async with line(fleet, register(**changes)) as engine:
+                with pytest.raises(grpc.aio.AioRpcError, match=words) as error:
+                    await engine.order()
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            await fleet.client.wait_serving(10.0)
+            assert await fleet.generate([1], 5) == expected([1], 5)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0])
+def test_a_report_that_is_no_number_teaches_nothing(seconds: float) -> None:
+    async def check() -> None:
+        async with running_fleet(CONFIG) as fleet:
+            roster = fleet.coordinator.roster
+            assert fleet.coordinator.fleet is not None
+            model, engine = fleet.coordinator.fleet.model, roster.engines[0]
+            await fleet.wait_for(lambda: engine.telemetry is not None)
+            assert engine.register is not None
+            report = coordinator_pb2.Telemetry(
+                boot_id=engine.register.boot_id,
+                phase="ready",
+                last_step=coordinator_pb2.MeasuredStep(seconds=seconds, requests=3),
+                latency_backpressure=seconds,
+                itl_s=seconds,
+            )
+            slowness = model._batch_slowness
+            roster.reported(engine, report)
+            assert model._batch_slowness == slowness
+            assert reported(0, report).latency_backpressure == reported(0, report).itl_s == 0.0
+
+    asyncio.run(check())
+
+
+def test_what_ends_a_line_is_told() -> None:
+    async def check() -> None:
+        async with (
+            running_fleet(CONFIG) as fleet,
+            grpc.aio.insecure_channel(fleet.launcher.address) as channel,
+        ):
+            join = channel.stream_stream("/chiron.v1.Coordinator/Join")()
+            await join.write(coordinator_pb2.EngineReport(register=register()).SerializeToString())
+            await join.read()
+            await join.write(b"\xff\xff")
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                while await join.read() is not grpc.aio.EOF:
+                    pass
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     asyncio.run(check())
 
