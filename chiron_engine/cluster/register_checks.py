@@ -33,7 +33,7 @@ def check_register(register: coordinator_pb2.Register) -> None:
 def _check_address(address: str) -> None:
     match = ADDRESS.fullmatch(address)
     if match is None or not 1 <= int(match[2]) <= MAX_PORT:
-        raise _wrong(f"address is {ascii(address[:80])}; it must be host:port")
+        raise _wrong(f"address is {address[:80]!a}; it must be host:port")
 
 
 def _wrong(reason: str) -> RpcFailure:
