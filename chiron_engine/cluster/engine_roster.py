@@ -34,6 +34,8 @@ from .register_checks import check_register
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 0.25
+LONGEST_REPORT_S = 1.0
+MOST_REPORTS_PER_S = 100
 SILENT_S = 5.0
 """Without a report, and without a link, for so long: dead."""
 STALLED_S = 30.0
@@ -166,7 +168,9 @@ class EngineRoster:
         engine.heard_at = engine.progressed_at = now
         engine.orders = asyncio.Queue()
         welcome = coordinator_pb2.Joined(
-            instance_id=engine.instance_id, report_every_s=REPORT_EVERY_S, coordinator_id=self.coordinator_id
+            instance_id=engine.instance_id,
+            report_every_s=report_every_s(len(self.engines)),
+            coordinator_id=self.coordinator_id,
         )
         engine.orders.put_nowait(coordinator_pb2.EngineOrder(joined=welcome))
         if engine.register is None:
@@ -316,7 +320,7 @@ class EngineRoster:
         if self._launcher is not None and engine.is_launched:
             self._launcher.joined(engine.instance_id, register.boot_id, load_s)
         engine.joined.set()
-        engine.link = EngineLink(register.address, lambda: self._link_changed(engine))
+        engine.link = EngineLink(register.address, lambda: self._link_changed(engine), register.boot_id)
         engine.link.start()
 
     def _register_first(self, register: coordinator_pb2.Register, load_s: float) -> None:
@@ -409,3 +413,8 @@ def _cause_of_death(engine: Engine, now: float) -> str | None:
     if now - engine.progressed_at > STALLED_S:
         return f"it has made no step for {STALLED_S:.0f} s, with requests running"
     return None
+
+
+def report_every_s(num_engines: int) -> float:
+    """A large fleet reports less often, so that listening to it does not grow with it."""
+    return min(LONGEST_REPORT_S, max(REPORT_EVERY_S, num_engines / MOST_REPORTS_PER_S))
