@@ -26,6 +26,7 @@ from chiron_engine.policy.fleet.messages import (
     FleetRequest,
     FleetResized,
     Forget,
+    InstanceLost,
     InstanceSpec,
     Launch,
     Reject,
@@ -40,7 +41,7 @@ from chiron_engine.policy.fleet.messages import (
 )
 from chiron_engine.policy.fleet.resize import resized
 from chiron_engine.policy.iteration.step_costs import StepCosts
-from chiron_engine.rpc.errors import RpcFailure, exhausted, invalid_argument, unavailable
+from chiron_engine.rpc.errors import RpcFailure, exhausted, internal, invalid_argument, unavailable
 from chiron_engine.rpc.token_stream import TokenStream
 from chiron_engine.rpc.v1 import coordinator_pb2, engine_pb2, types_pb2
 
@@ -54,10 +55,10 @@ log = logging.getLogger(__name__)
 
 REFUSED_PAUSE_S = 0.1
 MOST_VAIN_LOSSES = 3
-"""Engines that end one after another with a request, without a token of it in between, before it is taken
-for the cause: what kills an engine does so again where it goes on."""
+"""Engines that end by themselves, one after another, with a request and without a token of it in between,
+before it is taken for the cause: what brings an engine down does so again where it goes on."""
 MOST_LOSSES = 10
-"""Of engines in all: a request may kill them later."""
+"""Of engines in all: a request may bring them down later, or have them killed for their memory."""
 
 StartStream = Callable[[], Awaitable[TokenStream]]
 
@@ -243,16 +244,19 @@ class Coordinator:
 
     def tell(self, event: FleetEvent) -> None:
         """Have the policy handle an event, and carry out its effects. What those bring about comes
-        after them."""
+        after them. What fails costs the requests of that event, and no one else."""
         self._events.append(event)
         if self._is_telling or self.fleet is None:
             return
         self._is_telling = True
-        try:
-            while self._events:
-                self._handle(self.fleet, self._events.popleft())
-        finally:
-            self._is_telling = False
+        while self._events:
+            event = self._events.popleft()
+            try:
+                self._handle(self.fleet, event)
+            except Exception:
+                log.exception("the fleet policy, or what it ordered, failed at %s", event)
+                self._fail_requests_of(event)
+        self._is_telling = False
 
     def _handle(self, fleet: FleetState, event: FleetEvent) -> None:
         now = self.clock()
@@ -264,6 +268,19 @@ class Coordinator:
         self.counters.happened(event, effects)
         for effect in effects:
             self._effects[type(effect)](effect)
+
+    def _fail_requests_of(self, event: FleetEvent) -> None:
+        """Nobody knows any more where they are to go."""
+        keys: list[int] = []
+        if isinstance(event, RequestArrived):
+            keys = [event.request.request_id]
+        elif isinstance(event, RequestEvicted):
+            keys = [event.request_id]
+        elif isinstance(event, InstanceLost):
+            keys = list(event.produced)
+        for key in keys:
+            if (stream := self._streams.get(key)) is not None:
+                stream.fail(internal("the server could not place this request; its log says why"))
 
     async def _keep_ticking(self) -> None:
         while True:
@@ -377,16 +394,16 @@ class Coordinator:
         for key in [key for key, placed in self._placed.items() if placed is engine]:
             del self._placed[key]
         for stream in streams:
-            self._end_if_over(stream)
+            self._end_if_over(stream, engine.was_killed)
         self._changed()
         return {stream.key: len(stream.tokens) for stream in streams if not stream.has_ended}
 
-    def _end_if_over(self, stream: TokenStream) -> None:
+    def _end_if_over(self, stream: TokenStream, was_killed: bool) -> None:
         """The engine may have gone between a request's last token and the word that it was the last."""
         if self._hello is not None and (reason := stream.end_of(self._hello)) is not None:
             stream.finish(engine_pb2.Finished(reason=reason))
             return
-        stream.engine_ended()
+        stream.engine_ended(was_killed)
         if stream.num_vain_losses >= MOST_VAIN_LOSSES or stream.num_losses >= MOST_LOSSES:
             stream.fail(unavailable("every engine that served this request was lost", "engine_lost"))
 

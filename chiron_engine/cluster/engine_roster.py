@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
@@ -279,6 +280,7 @@ class EngineRoster:
     async def _see_end(self, engine: Engine, exited: asyncio.Future[int | None]) -> None:
         code = await asyncio.shield(exited)
         if not self._closing:
+            engine.was_killed = code == -signal.SIGKILL and not engine.is_dead
             await self._end(engine, "its process ended" + ("" if code is None else f" with code {code}"))
 
     def _launch_failed(self, engine: Engine, error: LaunchError) -> None:

@@ -27,14 +27,18 @@ MAX_COMMAND_TOKENS = 1 << 19
 class EngineLink:
     """Keeps one engine connected. Use from one event loop only.
 
-    on_change: called whenever `is_ready` may have changed.
+    on_change: called whenever `is_ready` may have changed. boot_id: of the engine it is for, where that
+    is known: another one that answers at the address is left alone.
     """
 
-    def __init__(self, address: str, on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, address: str, on_change: Callable[[], None] = lambda: None, boot_id: str | None = None
+    ) -> None:
         self.address = address
         self.hello: engine_pb2.Hello | None = None  # of the last connection
         self.load = engine_pb2.EngineLoad()
         self._on_change = on_change
+        self._boot_id = boot_id
         self._connected = False
         self._streams: dict[int, TokenStream] = {}
         self._handles = itertools.count(1)
@@ -99,7 +103,11 @@ class EngineLink:
     async def _keep_connected(self) -> None:
         retry_s = FIRST_RETRY_S
         while True:
-            was_connected = await self._connect_once()
+            try:
+                was_connected = await self._connect_once()
+            except Exception:  # of whoever owns a stream, or an engine that talks nonsense
+                log.exception("engine %s: the link failed, and connects again", self.address)
+                was_connected = False
             retry_s = FIRST_RETRY_S if was_connected else min(retry_s * 2, LONGEST_RETRY_S)
             await asyncio.sleep(retry_s * random.uniform(0.8, 1.2))
 
@@ -113,6 +121,14 @@ class EngineLink:
                 call = engine_pb2_grpc.EngineStub(channel).Connect()
                 event = await call.read()
                 if event is grpc.aio.EOF:
+                    return False
+                if self._boot_id is not None and event.hello.boot_id != self._boot_id:
+                    log.warning(
+                        "the engine that answers at %s has the boot id %s, not %s; is the address right?",
+                        self.address,
+                        event.hello.boot_id,
+                        self._boot_id,
+                    )
                     return False
                 greeted = True
                 self._greet(event.hello)

@@ -52,6 +52,10 @@ def exhausted(message: str, error_code: str, retry_after_ms: int | None = 1000) 
     )
 
 
+def internal(message: str) -> RpcFailure:
+    return RpcFailure(grpc.StatusCode.INTERNAL, message, error_code="server_error")
+
+
 def retry_after_ms(error: grpc.aio.AioRpcError) -> int | None:
     """The server's retry hint in a failed call, if it gave one."""
     value = _trailing(error, RETRY_PUSHBACK)

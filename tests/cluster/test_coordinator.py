@@ -5,7 +5,20 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import grpc
+import grpc.aio
+import pytest
+
 from chiron_engine.policy.fleet.config import FleetConfig
+from chiron_engine.policy.fleet.fleet_state import FleetState
+from chiron_engine.policy.fleet.messages import (
+    FleetEffect,
+    FleetEvent,
+    InstanceReported,
+    RequestArrived,
+    Tick,
+)
+from chiron_engine.rpc.errors import error_code
 from tests.cluster.fleet_stack import SHAPE, InProcessLauncher, expected, running_fleet
 
 CONFIG = FleetConfig(max_gpus=3, tick_s=0.1, prior_output_tokens=32.0)
@@ -55,5 +68,39 @@ def test_an_engine_that_ends_loses_no_request() -> None:
                 assert tokens == expected([3, i], 150, seed=i)
             await fleet.wait_for(lambda: fleet.coordinator.num_ready == 2)
             assert fleet.launcher.launched == [0, 1, 2]
+
+    asyncio.run(check())
+
+
+def test_what_the_policy_fails_at_costs_the_requests_of_that_event_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing: list[type] = []
+    seen: list[type] = []
+    handle = FleetState.handle
+
+    def fails(self: FleetState, event: FleetEvent, now: float) -> list[FleetEffect]:
+        seen.append(type(event))
+        if type(event) in failing:
+            failing.remove(type(event))
+            raise KeyError("a bug")
+        return handle(self, event, now)
+
+    monkeypatch.setattr(FleetState, "handle", fails)
+
+    async def check() -> None:
+        async with running_fleet(CONFIG) as fleet:
+            answer = asyncio.create_task(fleet.generate([1, 2, 3], 150))
+            await fleet.wait_for(lambda: any(e.streams for e in fleet.coordinator.roster.engines.values()))
+            failing.extend([RequestArrived, Tick, InstanceReported])
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await fleet.generate([4], 5)
+            assert caught.value.code() is grpc.StatusCode.INTERNAL
+            assert error_code(caught.value) == "server_error"
+            await fleet.wait_for(lambda: not failing)
+            seen.clear()
+            await fleet.wait_for(lambda: Tick in seen and InstanceReported in seen)
+            assert await answer == expected([1, 2, 3], 150)
+            assert caplog.text.count("KeyError: 'a bug'") == 3
 
     asyncio.run(check())
