@@ -71,7 +71,7 @@ class Engine:
     one that another coordinator launched. joined: set when it has come. orders: to be sent down its
     line. streams: requests that run there, by key; `adrift` are those that wait for its link to come
     back. is_draining: it was told to end, or is about to by itself. is_dead: taken for dead, and being
-    ended.
+    ended. was_killed: it ended by a SIGKILL that was not ours, as seen by the process that launched it.
     """
 
     instance_id: int
@@ -88,6 +88,7 @@ class Engine:
     is_ready: bool = False
     is_draining: bool = False
     is_dead: bool = False
+    was_killed: bool = False
     orders: asyncio.Queue[coordinator_pb2.EngineOrder | None] = field(default_factory=asyncio.Queue)
     streams: dict[int, TokenStream] = field(default_factory=dict)
     adrift: dict[int, TokenStream] = field(default_factory=dict)

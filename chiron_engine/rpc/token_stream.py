@@ -80,7 +80,8 @@ class TokenStream:
     tokens). Exactly one of `finished` and `failure` is set when it has ended.
 
     key: its name over all its attempts, given by the owner. num_attempts: started so far. num_losses:
-    engines that ended with it. num_vain_losses: the last of those, between which no token came.
+    engines that ended with it. num_vain_losses: the last of those that ended by themselves, with no token
+    of it in between.
     """
 
     def __init__(
@@ -198,10 +199,13 @@ class TokenStream:
                 submit.sampling.max_tokens = self.sampling.max_tokens - len(self.tokens)
         return submit
 
-    def engine_ended(self) -> None:
-        """Count the end of an engine where it was. Losing only the connection is none."""
-        came = len(self.tokens) > self._tokens_at_loss >= 0
+    def engine_ended(self, was_killed: bool) -> None:
+        """Count the end of an engine where it was; losing only the connection is none. was_killed: from
+        outside, which tells nothing about this request."""
         self.num_losses += 1
+        if was_killed:
+            return
+        came = len(self.tokens) > self._tokens_at_loss >= 0
         self.num_vain_losses = 1 if came else self.num_vain_losses + 1
         self._tokens_at_loss = len(self.tokens)
 

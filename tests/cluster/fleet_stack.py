@@ -63,11 +63,12 @@ def simulated_core(shape: ExecutorShape = SHAPE, costs: StepCosts = COSTS) -> En
 @dataclass(slots=True)
 class InProcessLauncher:
     """Engines as tasks. `fail`: causes of the next launches' failures. `kill` ends one as SIGKILL does:
-    without a word."""
+    without a word. exit_code: of all."""
 
     address: str = ""
     shape: ExecutorShape = SHAPE
     delay_s: float = 0.0
+    exit_code: int = 0
     fail: list[str] = field(default_factory=list)
     launched: list[int] = field(default_factory=list)
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
@@ -102,7 +103,7 @@ class InProcessLauncher:
             )
         )
         self.tasks[instance_id] = task
-        task.add_done_callback(lambda task: exited.done() or exited.set_result(0))
+        task.add_done_callback(lambda task: exited.done() or exited.set_result(self.exit_code))
         port = await ready
         return RunningEngine(instance_id, EngineReady(f"127.0.0.1:{port}", 0, ""), exited)
 

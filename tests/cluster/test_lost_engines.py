@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from dataclasses import replace
 
 import grpc
@@ -61,5 +62,18 @@ def test_a_request_that_gets_nowhere_kills_no_more_than_three_engines() -> None:
             assert error_code(caught.value) == "engine_lost"
             await fleet.client.wait_serving(10.0)
             assert await fleet.generate(PROMPT, 5) == expected(PROMPT, 5)
+
+    asyncio.run(check())
+
+
+def test_a_request_is_not_blamed_for_engines_that_are_killed() -> None:
+    launcher = InProcessLauncher(shape=replace(SHAPE, max_step_tokens=16), exit_code=-signal.SIGKILL)
+
+    async def check() -> None:
+        async with running_fleet(CONFIG, policy="static:1", launcher=launcher) as fleet:
+            answer = asyncio.create_task(fleet.generate(PROMPT * 530, 40))
+            for _ in range(4):
+                await kill_next(fleet, 0)
+            assert await answer == expected(PROMPT * 530, 40)
 
     asyncio.run(check())
