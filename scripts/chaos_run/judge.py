@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from .workload import Asked
 
@@ -18,6 +19,7 @@ class LogitJudge:
     """Hugging Face's model in float32 with eager attention, without a KV cache."""
 
     def __init__(self, directory: Path) -> None:
+        logging.disable_progress_bar()
         self._model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager"
         ).eval()
