@@ -322,7 +322,10 @@ class Coordinator:
             log.exception("request %d could not be started", key)
             self.cancel(key)
             return
-        if self._starts.pop(key, None) is None or stream.has_ended:
+        if stream.has_ended:  # before it was one of ours: nobody else says so
+            self.cancel(key)
+            return
+        if self._starts.pop(key, None) is None:
             return
         stream.key = key
         self._streams[key] = stream

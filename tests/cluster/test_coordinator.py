@@ -14,11 +14,15 @@ from chiron_engine.policy.fleet.fleet_state import FleetState
 from chiron_engine.policy.fleet.messages import (
     FleetEffect,
     FleetEvent,
+    FleetRequest,
     InstanceReported,
     RequestArrived,
     Tick,
 )
+from chiron_engine.policy.iteration.request import Slo, SloClass
 from chiron_engine.rpc.errors import error_code
+from chiron_engine.rpc.token_stream import TokenStream
+from chiron_engine.rpc.v1 import types_pb2
 from tests.cluster.fleet_stack import SHAPE, InProcessLauncher, expected, running_fleet
 
 CONFIG = FleetConfig(max_gpus=3, tick_s=0.1, prior_output_tokens=32.0)
@@ -68,6 +72,28 @@ def test_an_engine_that_ends_loses_no_request() -> None:
                 assert tokens == expected([3, i], 150, seed=i)
             await fleet.wait_for(lambda: fleet.coordinator.num_ready == 2)
             assert fleet.launcher.launched == [0, 1, 2]
+
+    asyncio.run(check())
+
+
+def test_a_stream_that_ends_before_it_is_started_leaves_nothing_behind() -> None:
+    async def check() -> None:
+        async with running_fleet(CONFIG) as fleet:
+            coordinator = fleet.coordinator
+            assert coordinator.fleet is not None
+            key, limits = coordinator.next_key(), types_pb2.SamplingParams(max_tokens=5)
+
+            async def start() -> TokenStream:
+                stream = TokenStream([1], limits, types_pb2.Slo(), "line", coordinator)
+                stream.abort()
+                return stream
+
+            slo = Slo(SloClass.BATCH, 3600.0, 2.0)
+            coordinator.enqueue(FleetRequest(key, slo, coordinator.clock(), 1, 5), start)
+            assert coordinator._placed
+            await fleet.wait_for(lambda: not coordinator._starts)
+            assert not coordinator.fleet.dispatcher.tracked
+            assert not coordinator._placed
 
     asyncio.run(check())
 
