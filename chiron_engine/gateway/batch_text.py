@@ -39,13 +39,14 @@ class BatchText:
         output = OutputText(self._text.detokenizer(), request.stop)
         text, taken = output.feed_all(tokens, finished.reason == types_pb2.FINISH_REASON_STOP)
         text += "" if output.is_stopped else output.finish()
+        prompt_tokens = len(request.token_ids.ids)
         return inference_pb2.GenerateChunk(
             text=text,
             token_ids=tokens[:taken],
             finish_reason=types_pb2.FINISH_REASON_STOP if output.is_stopped else finished.reason,
             usage=inference_pb2.Usage(
-                prompt_tokens=len(request.token_ids.ids),
+                prompt_tokens=prompt_tokens,
                 completion_tokens=taken,
-                cached_tokens=finished.cached_tokens,
+                cached_tokens=min(finished.cached_tokens, prompt_tokens),
             ),
         )

@@ -121,7 +121,8 @@ class Generation:
         chunk.finish_reason = reason
         chunk.usage.prompt_tokens = self._prompt_tokens
         chunk.usage.completion_tokens = self._completion_tokens
-        chunk.usage.cached_tokens = finished.cached_tokens
+        # One that went on at another engine brought its output there as prompt.
+        chunk.usage.cached_tokens = min(finished.cached_tokens, self._prompt_tokens)
         chunk.timing.CopyFrom(self._timing(finished))
         await self._write(context, chunk)
 

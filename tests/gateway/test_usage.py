@@ -1,0 +1,56 @@
+"""What a client is told of its request's tokens, also where it ran on several engines."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from chiron_engine.gateway.batch_text import BatchText
+from chiron_engine.gateway.engine_pool import EnginePool
+from chiron_engine.gateway.generation import Generation, Prompt
+from chiron_engine.gateway.no_tokenizer import NoTokenizer
+from chiron_engine.rpc.token_stream import TokenStream
+from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, types_pb2
+
+PROMPT = [1, 2, 3]
+FINISHED = engine_pb2.Finished(reason=types_pb2.FINISH_REASON_LENGTH, cached_tokens=64)
+"""Of the last engine, which was sent the output of the one before it as prompt."""
+
+
+class Ending(EnginePool):
+    """Ends each request at its second token."""
+
+    def submit(self, stream: TokenStream, received: float) -> None:
+        for token in (7, 8):
+            stream.push(token, received)
+        stream.finish(FINISHED)
+
+
+class Chunks:
+    """What a servicer context is asked to write."""
+
+    def __init__(self) -> None:
+        self.written: list[inference_pb2.GenerateChunk] = []
+
+    async def send_initial_metadata(self, metadata: object) -> None:
+        """Nobody reads it."""
+
+    async def write(self, chunk: inference_pb2.GenerateChunk) -> None:
+        self.written.append(chunk)
+
+
+def test_no_more_of_a_prompt_is_cached_than_there_is() -> None:
+    async def check() -> None:
+        prompt = Prompt(PROMPT, types_pb2.SamplingParams(), types_pb2.Slo(), [])
+        chunks = Chunks()
+        await Generation(prompt, "r", time.monotonic(), NoTokenizer(), Ending([])).run(chunks, lambda: None)  # type: ignore[arg-type]
+        usage = chunks.written[-1].usage
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, 2, 3)
+
+    asyncio.run(check())
+
+
+def test_nor_of_the_prompt_of_a_batch_line() -> None:
+    request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=PROMPT))
+    usage = BatchText(NoTokenizer()).output(request, [7, 8], FINISHED).usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, 2, 3)
