@@ -34,6 +34,8 @@ from .server_options import reachable
 
 log = logging.getLogger(__name__)
 
+MOST_CPU_ENGINES = 256
+"""What `chiron scale` may ask for where no GPUs bound it, as `--engines` may; --max-engines may be more."""
 COORDINATOR_SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
 
 
@@ -165,8 +167,14 @@ class FleetService:
             initial_engines=self._fleet.initial_engines,
             event_log=event_log,
             model=model,
-            most_devices=len(self._engines.gpus) or None if self._engines is not None else None,
+            most_devices=self._most_devices(),
         )
+
+    def _most_devices(self) -> int | None:
+        """None where engines join by themselves."""
+        if self._engines is None:
+            return None
+        return len(self._engines.gpus) or max(MOST_CPU_ENGINES, self._fleet.config.max_gpus)
 
     def _serve_metrics(self, coordinator: Coordinator, resources: ExitStack) -> None:
         port, host = self._fleet.metrics_port, self._listen.host

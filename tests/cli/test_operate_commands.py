@@ -91,7 +91,7 @@ def test_bad_input(fleet: Server) -> None:
         assert chiron(command, "--server", address, "--", "-1").returncode == 2
         assert chiron(command, "one", "--server", address).returncode == 2
         assert chiron(command, str(2**64), "--server", address).returncode == 2
-    for bounds in (["--min", "-1"], ["--max", "0"], ["--min", "9", "--max", "8"]):
+    for bounds in (["--min", "-1"], ["--max", "0"], ["--min", "9", "--max", "8"], ["--max", "257"]):
         assert chiron("scale", "--server", address, *bounds).returncode == 2
     assert shown(address)["max_devices"] < 8
     assert chiron("top", "--interval", "0").returncode == 2
