@@ -104,19 +104,20 @@ class TableStepTimes:
         )
 
     def seconds(self, requests: int, kv_tokens: int, prompt_tokens: int, prompt_context: int) -> float:
-        """Raises ValueError beyond max_slots, the KV capacity, a step's tokens or the context length."""
+        """Raises ValueError beyond max_slots, a step's tokens or the context length. kv_tokens: sum of
+        what the requests attend to, which exceeds the KV capacity where they share prefixes."""
         if not requests:
             return self._prefill(0, prompt_tokens, prompt_context) if prompt_tokens else 0.0
-        if requests > self.max_slots or kv_tokens > self.kv_capacity_tokens:
+        context = kv_tokens / requests
+        if requests > self.max_slots or context > self.max_model_len:
             raise ValueError(
                 f"{requests} requests with {kv_tokens} KV tokens; this profile holds {self.max_slots} "
-                f"requests and {self.kv_capacity_tokens} tokens"
+                f"requests of {self.max_model_len} tokens"
             )
-        context = kv_tokens / requests
         segment = (kv_tokens // requests).bit_length() - 7
         if segment < 0:
             segment = 0
-        if context > self._measured[requests]:
+        if context > self._measured[requests] or kv_tokens > self.kv_capacity_tokens:
             self.extrapolated += 1
         attention = self._constants[requests][segment] + self._slopes[requests][segment] * context
         if prompt_tokens:

@@ -92,12 +92,19 @@ def test_beyond_the_tables_is_counted_and_beyond_the_capacity_refused() -> None:
     assert times.extrapolated == 2
     with pytest.raises(ValueError, match="5 requests with 100 KV tokens"):
         times.seconds(5, 100, 0, 0)
-    with pytest.raises(ValueError, match="2001 KV tokens; this profile holds 4 requests and 2000 tokens"):
-        times.seconds(4, 2001, 0, 0)
+    with pytest.raises(ValueError, match="4004 KV tokens; this profile holds 4 requests of 1000 tokens"):
+        times.seconds(4, 4004, 0, 0)
     with pytest.raises(ValueError, match="101 tokens in a step; this profile takes 100"):
         times.seconds(1, 10, 100, 100 * 100)
     with pytest.raises(ValueError, match="a context of 1001 tokens"):
         times.seconds(1, 10, 10, 10 * 1001)
+
+
+def test_requests_that_share_a_prefix_may_attend_to_more_than_the_capacity() -> None:
+    times = small()
+    held, shared = times.seconds(4, 2000, 0, 0), times.seconds(4, 4 * 600, 0, 0)
+    assert shared - held == pytest.approx((600 - 500) * 2e-3 / 128), "each reads the prefix for itself"
+    assert times.extrapolated == 2
 
 
 def random_step(profile: Profile, rng: random.Random) -> tuple[int, int, int, int]:
