@@ -9,8 +9,11 @@ from collections import deque
 from .fleet_view import PoolView
 
 SHORT_S = (2.0, 5.0)
+"""Times over which a step in the flow is looked for."""
 LONG_S = 60.0
+"""Time over which D is averaged."""
 SIGNIFICANT = 6.0
+"""Standard deviations of a Poisson stream that a flow must lie over the mean to be a step."""
 MOST_BACKLOG = 0.5
 """Of the load that fits, how much of what does not fit counts as load. A queue is requests that came
 too fast for a while, not a rate: an instance for each of its shares would come when it is long

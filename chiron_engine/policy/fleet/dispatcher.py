@@ -1,7 +1,9 @@
 """Where every accepted request is, and where it goes next.
 
 Each is in exactly one place: held (interactive, waiting for room within its TTFT slack), queued
-(batch), on one instance, or ended and forgotten.
+(batch), on one instance, or ended and forgotten. A held one is late once it has waited its share of the
+slack: it then goes to the least loaded instance, or is refused (`FleetConfig.admission`). It is lost once
+its first token comes too late whatever is done: those that are not go before it.
 """
 
 from __future__ import annotations
@@ -130,7 +132,7 @@ class Dispatcher:
         while True:
             tracked = self.queue.peek(instance.instance_id, now)
             if tracked is None:
-                if self._router.has_batch_room(instance, 0.0, 0.0):
+                if self._router.has_batch_room(instance, added_s=0.0, kv_tokens=0.0):  # for any at all
                     self._with_room[instance.role][instance.instance_id] = instance
                 return
             self._size(tracked, 0.5)
@@ -139,7 +141,7 @@ class Dispatcher:
                 return
             self._run_batch(tracked, instance, now, out)
 
-    def measure(self, instance: Instance, batch_tokens_total: int, now: float) -> None:
+    def take_in_report(self, instance: Instance, batch_tokens_total: int, now: float) -> None:
         """Telemetry: what the instance did for batch requests since it last told. It counts while
         more is queued, and from when the first requests it was given could be done: before that
         it computes prompts, which yield no tokens yet."""
@@ -243,7 +245,9 @@ class Dispatcher:
         arrived.load += self._model.share(added_s, request.prompt_tokens + output, target)
 
     def _size(self, tracked: Tracked, output_share: float) -> None:
-        """What the request adds to an instance; of its output, `output_share` is held on average."""
+        """What the request adds to an instance, with `output_share` of its expected output in the KV:
+        all of it where an instance must have room to the end, half for batch, which is held at its mean
+        and gives way where that was too little."""
         request = tracked.request
         known = request.prompt_tokens + request.produced
         expected = self.outputs[request.slo.slo_class].remaining(request.produced)
@@ -312,7 +316,7 @@ class Dispatcher:
 
     def _run_interactive(self, tracked: Tracked, instance: Instance, now: float, out: Effects) -> None:
         del self.held[tracked.request.request_id]
-        self._router.note_interactive(tracked, instance, now)
+        self._router.sent(tracked, instance, now)
         instance.add_interactive(tracked)
         self._router.refresh(instance)
         out.append(Route(tracked.request.request_id, instance.instance_id))

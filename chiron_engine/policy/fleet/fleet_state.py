@@ -154,7 +154,7 @@ class FleetState:
             self.model.learn(event.last_step, instance.load)
         instance.max_running = event.max_running
         instance.batch_paused = False
-        self.dispatcher.measure(instance, event.batch_tokens_total, now)
+        self.dispatcher.take_in_report(instance, event.batch_tokens_total, now)
         self.dispatcher.fill(instance, now, out)
 
     def _on_tick(self, event: Tick, now: float, out: Effects) -> None:

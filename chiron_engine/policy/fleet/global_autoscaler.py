@@ -51,8 +51,9 @@ class PoolScaling:
         self._least = 0
         self.demand = InteractiveDemand(config.tick_s)
         self.theta = Theta(config.tick_s)
-        self._wanted = SlidingMax()
-        self._needed = SlidingMax()
+        self._by_theta = SlidingMax()
+        self._by_demand = SlidingMax()
+        """The two terms of N*, at the upper edge of their bands."""
         self._lowest_demand = SlidingMax()
         """Of -D: the largest of that is the lowest D."""
         self._target = -1
@@ -70,24 +71,24 @@ class PoolScaling:
         if self._target < 0:
             # What the operator starts with stands until there was time to see what is needed.
             self._target = pool.instances
-            self._needed.push(pool.instances, now, 0.0)
+            self._by_demand.push(pool.instances, now, 0.0)
         demand = self.demand
         demand.observe(pool)
         self.theta.observe(demand.smooth, demand.mean, lead_s)
         window_s = max(lead_s, DECREASE_WINDOW_S)
-        wanted = demand.mean * self.theta.ratio
+        by_theta = demand.mean * self.theta.ratio
         band = DEAD_BAND + DEAD_BAND_SHARE * self._target
         if not self._target:
             band = 0.0  # any demand is too much for no instance, which would leave it held for ever
         slack = 0.5 * band if demand.recent > 0 else 0.0
-        needed = self._with_spare(demand.recent - slack)
-        most_wanted = self._wanted.push(wanted + band if wanted > 0 else 0.0, now, window_s)
-        most_needed = self._needed.push(self._with_spare(demand.recent + slack), now, window_s)
+        by_demand = self._with_spare(demand.recent - slack)
+        most_by_theta = self._by_theta.push(by_theta + band if by_theta > 0 else 0.0, now, window_s)
+        most_by_demand = self._by_demand.push(self._with_spare(demand.recent + slack), now, window_s)
         always_busy = -self._lowest_demand.push(-demand.smooth, now, window_s)
-        if max(wanted - band, needed) > self._target:
-            self._target = max(_ceil(wanted - band), needed)
-        elif max(most_wanted, most_needed) <= self._target - 1:
-            self._target = max(_ceil(most_wanted), int(most_needed))
+        if max(by_theta - band, by_demand) > self._target:
+            self._target = max(_ceil(by_theta - band), by_demand)
+        elif max(most_by_theta, most_by_demand) <= self._target - 1:
+            self._target = max(_ceil(most_by_theta), int(most_by_demand))
         self._target = max(self._target, self._least)
         interactive = max(0, min(int(always_busy), self._target - 1))
         return PoolTarget(pool.target_s, interactive, self._target - interactive)
@@ -118,6 +119,7 @@ class ChironAutoscaler:
         batch, pressure = self._decide_batch(view, sum(target.total for target in targets))
         busy = sum(scaling.demand.smooth for scaling in self._pools.values())
         instances = sum(pool.instances for pool in view.pools)
+        # Each pool has its Theta; the gauge shows that of the largest.
         busiest = max(self._pools.values(), key=lambda scaling: scaling.demand.mean)
         return Decision(
             pools=targets,

@@ -13,9 +13,9 @@ class Tracked:
     held (interactive).
 
     group: set for a batch request from its arrival on, None for an interactive one. added_s,
-    kv_tokens: seconds a step and KV that its instance counts for it. force_at: until when an
-    interactive request is held for an instance with room; then the least loaded one takes it.
-    evicted_at: when a batch request last came back.
+    kv_tokens: seconds a step (`CapacityModel.added_s`) and KV that its instance counts for it.
+    force_at: until when an interactive request is held for an instance with room; then the least
+    loaded one takes it. evicted_at: when a batch request last came back.
     """
 
     __slots__ = (
@@ -95,6 +95,11 @@ class Instance:
     def is_open(self) -> bool:
         """It may be given requests."""
         return self.state is InstanceState.READY and not self.closing
+
+    @property
+    def is_busy(self) -> bool:
+        """It may be given interactive requests, and has some: idle ones are in bucket 0 of the index."""
+        return self.bucket > 0
 
     @property
     def is_empty(self) -> bool:

@@ -32,7 +32,8 @@ class PaperAutoscaler:
         load = pool.load + pool.backlog
         busy = math.ceil(load)
         total = max(_wanted(load), min(pool.instances, _wanted(load + DEAD_BAND)), least)
-        return PoolTarget(pool.target_s, min(busy, total - 1), total - min(busy, total - 1))
+        interactive = min(busy, total - 1)
+        return PoolTarget(pool.target_s, interactive, total - interactive)
 
 
 class PaperLiteralAutoscaler:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from .fleet_view import Decision, PoolTarget
 from .instances import Instance, Instances
 from .messages import InstanceState, Role
 
+Action = Literal["launch", "set-role", "close", "open"]
+LAUNCH: Action = "launch"
+SET_ROLE: Action = "set-role"
+CLOSE: Action = "close"
+OPEN: Action = "open"
+
 
 class Order:
-    """One change: launch (instance None), a new role, closing, or opening again."""
+    """One change: launch (instance None), a new role, closing, or opening again. role, target_s: of a
+    launch or a new role."""
 
     __slots__ = ("action", "instance", "role", "target_s")
 
     def __init__(
-        self, action: str, instance: Instance | None, role: Role = Role.MIXED, target_s: float = 0.0
+        self, action: Action, instance: Instance | None, role: Role = Role.MIXED, target_s: float = 0.0
     ) -> None:
         self.action = action
         self.instance = instance
         self.role = role
         self.target_s = target_s
-
-
-LAUNCH, SET_ROLE, CLOSE, OPEN = "launch", "set-role", "close", "open"
 
 
 class Reconciler:

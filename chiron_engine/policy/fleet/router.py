@@ -78,8 +78,9 @@ class Router:
         ]
         return min(found, key=lambda instance: (instance.load, instance.instance_id), default=None)
 
-    def note_interactive(self, tracked: Tracked, instance: Instance, now: float) -> None:
-        """The request goes there: its prompt is computed after those before it."""
+    def sent(self, tracked: Tracked, instance: Instance, now: float) -> None:
+        """The interactive request goes there: its prompt is computed after those before it, and whoever
+        shares its prefix had better follow."""
         request = tracked.request
         prefill_s = self._prefill_s(request, instance.target_s)
         instance.prefilled_at = max(now, instance.prefilled_at) + prefill_s
@@ -114,10 +115,9 @@ class Router:
             yield last
 
     def _suits(self, instance: Instance, tracked: Tracked, target: float, share: float, now: float) -> bool:
-        """Prefix affinity chooses among busy instances that have room: it opens no idle one, which
-        is in bucket 0, and none that is closed, which is in no bucket."""
+        """Prefix affinity chooses among busy instances that have room: it opens no idle or closed one."""
         return (
-            instance.bucket > 0
+            instance.is_busy
             and instance.target_s == target
             and instance.load + share <= 1.0
             and self._is_in_time(instance, tracked.request, now)

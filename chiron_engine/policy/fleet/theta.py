@@ -12,7 +12,9 @@ LEAST_RATIO = 1.1
 MOST_RATIO = 4.0
 QUANTILE = 0.99
 BIN = 0.01
+"""Width of a bin of ratios."""
 SETTLING_S = 120.0
+"""Left out of history: the means of a fleet that starts up."""
 LEAST_DEMAND = 0.05
 """Mean D, in instances, under which a ratio says nothing."""
 

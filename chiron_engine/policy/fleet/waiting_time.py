@@ -80,15 +80,15 @@ def least_instances(
     instance at least. Where its deadline is so far that an instance would work for it longer than
     it loads, part of its requests can be saved, and it asks for `most`."""
     supply, at_once = _Supply(throughput, lead_s + delay_s), _Supply(throughput, lead_s)
-    existing = min(most, max(1, len(throughput.ready_in)))
+    without_launches = min(most, max(1, len(throughput.ready_in)))
     count = 0
     for group, work_s, variance in _work_ahead(groups):
         work = conservative(work_s, variance, throughput.cv)
         horizon = group.due - now - group.service_s
         # By launches at once, whatever the delay: what waiting would lose must not look cheap.
         can_be_saved = at_once.delivered(most, horizon) >= work
-        reach = most if can_be_saved or horizon > 2 * lead_s else existing
-        while count < reach and supply.delivered(count, horizon) < work:
+        most_for_it = most if can_be_saved or horizon > 2 * lead_s else without_launches
+        while count < most_for_it and supply.delivered(count, horizon) < work:
             count += 1
     return count
 

@@ -39,10 +39,10 @@ class AdaptiveAutoscaler:
 
     def on_step(self, stats: StepStats, now: float) -> Limits | None:
         self._last_decodes, self._last_kv_tokens = stats.decode_requests, stats.kv_tokens
-        interactive = stats.interactive_requests or stats.itl_interactive
-        regime = self._interactive if interactive else self._batch
+        interactive_requests = max(stats.interactive_requests, stats.itl_interactive)
+        regime = self._interactive if interactive_requests else self._batch
         if regime is not self._active:
-            return self._change_to(regime, interactive)
+            return self._change_to(regime, interactive_requests)
         return regime.on_step(stats, now)
 
     def on_interactive(self, now: float) -> Limits | None:

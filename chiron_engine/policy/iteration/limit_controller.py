@@ -225,7 +225,8 @@ class LimitController:
         return self.limits
 
     def _renew(self) -> Limits | None:
-        """Limits as they should be; None where those in force are near enough."""
+        """Limits as they should be, None where those in force are near enough: from A, which
+        `_update_allowance` keeps, first n, then the tokens of a step with the n that decode now."""
         if not self._model.is_ready:
             return None
         old = self.limits

@@ -28,6 +28,9 @@ class RequestState(Enum):
     FINISHED = "finished"
 
 
+ENDED = (RequestState.FINISHED, RequestState.LEFT)
+
+
 class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
@@ -107,7 +110,7 @@ class Request:
     The scheduler owns every field below the first group; others only read them. But one that other
     engines evicted before is added with `num_preempted` as it was there.
     `output_ids` holds the tokens committed so far. With an executor that yields no token values
-    (the latency model) it stays empty and only `num_output` counts.
+    (the latency model) it stays empty and only `num_planned_outputs` counts.
     """
 
     request_id: int

@@ -28,8 +28,8 @@ from .step_outcome import ENDED, outcome
 from .waiting_queue import WaitingQueue, priority
 
 MAX_EVICTIONS = 3
-"""How often in one stay on an engine a batch request gives way to an interactive one that wants its
-place, so that it gets on; lower limits, and blocks that run short, take it all the same."""
+"""How often, over all engines, a batch request gives way to an interactive one that wants its place, so
+that it gets on; lower limits, and blocks that run short, take it all the same."""
 
 
 class Scheduler:

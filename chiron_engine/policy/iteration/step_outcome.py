@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .plan import StepOutput, StepPlan, StepResult
-from .request import FinishReason, Request, RequestState
-
-ENDED = (RequestState.FINISHED, RequestState.LEFT)
-
+from .request import ENDED, FinishReason, Request, RequestState
 
 Ending = tuple[Request, FinishReason, int]
 """Who ends, why, and with how many output tokens in all."""
