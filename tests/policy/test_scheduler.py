@@ -84,8 +84,8 @@ def test_an_interactive_request_is_never_evicted_for_another() -> None:
     assert not plan_of(core).preempted
 
 
-def test_a_batch_request_gives_way_only_so_many_times() -> None:
-    core = null_core(slots=1, host_blocks=64)
+def preemptions_of_short_interactive_requests(core: EngineCore) -> int:
+    """Five of them, one after another, that want the place of a batch request."""
     core.add(make_request(0, 4, 60, batch=True))
     for number in range(1, 6):
         plan_of(core)
@@ -93,7 +93,17 @@ def test_a_batch_request_gives_way_only_so_many_times() -> None:
         for _ in range(4):
             core.step()
     run_to_end(core)
-    assert core.load().preemptions == 3
+    return core.load().preemptions
+
+
+def test_a_batch_request_gives_way_only_so_many_times() -> None:
+    core = null_core(slots=2, host_blocks=64)
+    core.add(make_request(100, 4, 60))
+    assert preemptions_of_short_interactive_requests(core) == 3
+
+
+def test_it_gives_way_however_often_where_no_interactive_request_would_run() -> None:
+    assert preemptions_of_short_interactive_requests(null_core(slots=1, host_blocks=64)) == 5
 
 
 def test_a_saved_request_copies_back_and_computes_only_its_tail() -> None:

@@ -30,6 +30,7 @@ from .waiting_queue import WaitingQueue, priority
 MAX_EVICTIONS = 3
 """How often, over all engines, a batch request gives way to an interactive one that wants its place, so
 that it gets on; lower limits, and blocks that run short, take it all the same."""
+UNBOUNDED = 1 << 60
 
 
 class Scheduler:
@@ -315,10 +316,13 @@ class Scheduler:
         yield from self._prefills
 
     def _victim_for(self, head: Request) -> Request | None:
-        """A batch request to evict for an interactive one; the same one only so many times."""
+        """A batch request to evict for an interactive one; the same one only so many times, but where no
+        interactive request would run at all."""
         if head.slo.slo_class is not SloClass.INTERACTIVE or not self.num_running_batch:
             return None
-        return self._victim(lambda r: r.slo.slo_class is SloClass.BATCH and r.num_preempted < MAX_EVICTIONS)
+        some_run = len(self.running) > self.num_running_batch
+        most = MAX_EVICTIONS if some_run else UNBOUNDED
+        return self._victim(lambda r: r.slo.slo_class is SloClass.BATCH and r.num_preempted < most)
 
     def _preempt(self, request: Request, plan: StepPlan) -> None:
         """Take a request off the device, its KV saved or left to recompute, and queue it again or
