@@ -137,10 +137,8 @@ async def wrong_results(client: BatchClient, options: argparse.Namespace) -> Asy
     tokens = SimulatedTokens(VOCABULARY, VOCABULARY - 1, 1)
     next_line = 0
     async for result in client.results(BATCH):
-        sequence = prompt(result.line_no)
-        for _ in range(options.tokens):
-            sequence.append(tokens._follower(result.line_no, len(sequence), sequence[-1]))
-        if result.line_no != next_line or list(result.output.token_ids) != sequence[2:]:
+        expected = tokens.output(prompt(result.line_no), result.line_no, options.tokens)
+        if result.line_no != next_line or list(result.output.token_ids) != expected:
             yield result.line_no
         next_line = result.line_no + 1
     for line_no in range(next_line, options.lines):

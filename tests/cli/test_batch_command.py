@@ -48,11 +48,7 @@ def batch_lines(count: int, tokens: int) -> str:
 
 
 def expected(number: int, count: int) -> list[int]:
-    tokens = SimulatedTokens(VOCABULARY, VOCABULARY - 1, 1)
-    sequence = [5, number]
-    for _ in range(count):
-        sequence.append(tokens._follower(number, len(sequence), sequence[-1]))
-    return sequence[2:]
+    return SimulatedTokens(VOCABULARY, VOCABULARY - 1, 1).output([5, number], number, count)
 
 
 def check_results(text: str, count: int, tokens: int) -> None:

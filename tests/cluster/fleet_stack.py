@@ -149,11 +149,7 @@ class Fleet:
 
 def expected(prompt: Sequence[int], count: int, seed: int = 1) -> list[int]:
     """The tokens that an undisturbed run yields."""
-    tokens = SimulatedTokens(VOCABULARY, END, 1)
-    sequence = list(prompt)
-    for _ in range(count):
-        sequence.append(tokens._follower(seed, len(sequence), sequence[-1]))
-    return sequence[len(prompt) :]
+    return SimulatedTokens(VOCABULARY, END, 1).output(prompt, seed, count)
 
 
 @asynccontextmanager
