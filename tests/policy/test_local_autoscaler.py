@@ -172,6 +172,28 @@ def test_only_interactive_requests_bind_the_interactive_target() -> None:
     assert autoscaler.on_interactive(plant.now) is None
 
 
+SLOW = StepCosts(0.035, 0.0025, 5e-6, 0.003)
+"""About SmolLM2 on two CPU cores: a block of prompt tokens takes as long as a step."""
+
+
+@pytest.mark.parametrize("prior, wanted", [(SLOW, 0.97), (None, 0.75)])
+def test_costly_prompt_tokens_do_not_keep_the_batch_small(prior: StepCosts | None, wanted: float) -> None:
+    capacity = EngineCapacity(64, 512, 16, 46_592)
+    slo_s = 0.118
+
+    def tokens_per_s(plant: Plant) -> float:
+        plant.run(1500)
+        tokens, began = plant.tokens, plant.now
+        plant.run(1500)
+        return (plant.tokens - tokens) / (plant.now - began)
+
+    fixed = make_local_autoscaler("fixed", capacity, ItlTargets(1.0, 1.0), fixed=Limits(19, 23))
+    best = tokens_per_s(Plant(fixed, SLOW.seconds, level=64))
+    plant = Plant(AdaptiveAutoscaler(capacity, ItlTargets(slo_s, 2.0), prior), SLOW.seconds, level=64)
+    assert tokens_per_s(plant) >= wanted * best
+    assert late_share(plant, slo_s, 500) <= 0.01
+
+
 def test_a_target_that_no_step_keeps_does_not_serve_one_request_at_a_time() -> None:
     """Nor once the machine is quick again are steps longer than they may be."""
     autoscaler = adaptive(0.8)

@@ -42,6 +42,8 @@ LEAST_TRIM = 0.8
 HOPELESS_ALLOWANCE = 2.0
 """Of a step with one request, what steps may take where even that misses the target: to serve one at
 a time would keep no promise either, and let the queue grow without bound."""
+WELL_ON_TIME = 0.9
+"""Share of the target that every step of a window keeps."""
 BUSY = 0.8
 """Share of A that steps take on average where A is what holds them back."""
 NEAR = 0.9
@@ -59,6 +61,8 @@ FIRST_KV_PER_REQUEST = 512
 
 SMOOTHING = 0.05
 """Weight of a window in the running means."""
+LEAST_PROMPT_SHARE = 0.1
+"""Share of A that a block of prompt tokens may take for a step to have room for it always."""
 NEED_KEPT = 0.8
 """Share of the prompt tokens needed that a window later still counts as needed."""
 
@@ -91,6 +95,9 @@ class LimitController:
         self._window_seconds = 0.0
         self._window_tokens = 0
         self._window_late = 0
+        self._window_worst_s = 0.0
+        self._may_try_more = False
+        """The last window was well on time, with requests waiting for a place."""
         self._mean_s = 0.0
         self._throughput = 0.0
         self.throughput_backpressure = 0.0
@@ -116,6 +123,7 @@ class LimitController:
         expected = self._learn(stats, seconds)
         self._window_seconds += seconds
         self._window_tokens += n
+        self._window_worst_s = max(self._window_worst_s, seconds)
         if seconds > self._target_s:
             self._window_late += n
         self._steps_left -= 1
@@ -127,7 +135,7 @@ class LimitController:
         if self._steps_left <= 0:
             self._end_window(stats, now)
             return self._renew()
-        is_over = prompt > self._capacity.block_size and self._overruns(expected, stats)
+        is_over = prompt > self._least_prompt() and self._overruns(expected, stats)
         return self._renew() if is_over else None
 
     def resume(self, n: int, kv_tokens: int, interactive_requests: int) -> Limits | None:
@@ -170,7 +178,10 @@ class LimitController:
         self._update_trim()
         self._update_allowance()
         self._steps_left = WINDOW_STEPS
+        is_full = stats.queued_tokens > 0 and stats.running + 1 >= self.limits.max_running
+        self._may_try_more = is_full and self._window_worst_s <= WELL_ON_TIME * self._target_s
         self._window_seconds, self._window_tokens, self._window_late = 0.0, 0, 0
+        self._window_worst_s = 0.0
         self._bound_growth()
         if stats.decode_requests:
             kv_mean = stats.kv_tokens / stats.decode_requests
@@ -208,7 +219,16 @@ class LimitController:
         allowance = self._allowance_s
         slack = max(stats.first_token_due - now, allowance)
         needed = stats.queued_interactive_tokens * allowance / slack
-        self._needed_prompt = max(self._capacity.block_size, needed, NEED_KEPT * self._needed_prompt)
+        self._needed_prompt = max(self._least_prompt(), needed, NEED_KEPT * self._needed_prompt)
+
+    def _least_prompt(self) -> int:
+        """Prompt tokens that a step always has room for: a block, or less where those would take much of
+        it, as on a CPU."""
+        block = self._capacity.block_size
+        block_s = self._model.prompt_tokens_s(self._n, block)
+        if block_s <= LEAST_PROMPT_SHARE * self._allowance_s:
+            return block
+        return max(1, int(block * LEAST_PROMPT_SHARE * self._allowance_s / block_s))
 
     # Limits.
 
@@ -243,6 +263,10 @@ class LimitController:
         """The largest n that A has room for; the one in force where the difference is within the dead
         band. Where step times hardly rise with n a small excess would ask for a much smaller n."""
         wanted = self._largest_n(self._allowance_s)
+        if self._may_try_more:
+            # What the model fears of one more it has not seen, where all were as many for long.
+            self._may_try_more = False
+            wanted = max(wanted, min(old + max(1, int(DEAD_BAND * old)), self._capacity.max_slots))
         if wanted < old:
             return min(old, self._largest_n(self._allowance_s * (1.0 + OVERRUN_BAND)))
         return wanted if wanted >= old + max(1.0, DEAD_BAND * old) else old
@@ -255,7 +279,7 @@ class LimitController:
         # Prompts cannot push out interactive requests, whose slots they wait for.
         most = min(most, self._interactive_requests)
         if n < most:
-            n = max(n, self._largest_n_beside(self._capacity.block_size, allowance_s, most))
+            n = max(n, self._largest_n_beside(self._least_prompt(), allowance_s, most))
         return max(1, n)
 
     def _largest_n_beside(self, prompt: float, allowance_s: float, most: int) -> int:
@@ -276,7 +300,7 @@ class LimitController:
         room = self._allowance_s - model.prompt_step_s + each * n
         room -= model.per_request_s * n + model.per_kv_token_s * kv_tokens
         most = min(capacity.max_step_tokens, n + self._most_prompt)
-        least = min(capacity.max_step_tokens, n + capacity.block_size)
+        least = min(capacity.max_step_tokens, n + self._least_prompt())
         tokens = max(least, model.most_tokens(room, each, most))
         in_force = old.token_budget
         if least <= in_force <= tokens < in_force + max(1.0, DEAD_BAND * in_force):

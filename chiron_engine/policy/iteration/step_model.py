@@ -143,6 +143,12 @@ class StepModel:
         were not seen."""
         return self.seconds(1, kv_tokens, 0, 0.0) if self._last[0] else 0.0
 
+    def prompt_tokens_s(self, n: int, count: int) -> float:
+        """Seconds that so many prompt tokens add to the matrix products of a step with n decoding."""
+        return (
+            self.seconds(n + count, 0.0, 0, 0.0) - self.seconds(n, 0.0, 0, 0.0) - self.per_request_s * count
+        )
+
     def most_tokens(self, room_s: float, per_token_s: float, most: int) -> int:
         """The largest x up to `most` with b(x) + per_token_s x <= room_s, 0 where there is none.
 
