@@ -45,7 +45,8 @@ def load_core(
     *,
     time_steps: bool = False,
 ) -> LoadedModel:
-    """Load a model and put a core over it. `resources` closes both, and what is logged.
+    """Load a model and put a core over it. `resources` closes both, and what is logged. time_steps:
+    tell step costs, also where the local autoscaler starts from none.
 
     Takes seconds, imports torch. Raises what `build_executor` raises, and ValueError where a log
     cannot be written, or where the executor is not torch.
@@ -59,7 +60,8 @@ def load_core(
     log, record = open_log(config.step_log, resources), open_record(config.record_steps, resources)
     executor, spec = build_executor(config, progress)
     resources.callback(executor.close)
-    core = build_core(config, executor, log, measure_swap_costs(executor), record=record)
+    costs = measure_step_costs(executor) if time_steps or config.local_autoscaler == "adaptive" else None
+    core = build_core(config, executor, log, measure_swap_costs(executor), costs, record=record)
     return LoadedModel(
         core=core,
         name=config.served_model_name or spec.name,
@@ -67,7 +69,7 @@ def load_core(
         dtype=str(executor.model.dtype).removeprefix("torch."),
         eos_token_ids=spec.eos_token_ids,
         path=spec.path,
-        costs=measure_step_costs(executor) if time_steps else None,
+        costs=costs,
     )
 
 
