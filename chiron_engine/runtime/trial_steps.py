@@ -20,6 +20,9 @@ TIMED_REQUESTS = 8
 SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
 SHORT_PROMPT, LONG_PROMPT = 16, 128
 LEAST_STEP_S = 1e-6
+DECODED = 2
+"""Tokens that a timed request has room for beyond its context."""
+LEAST_TOKENS = SHORT_CONTEXT + DECODED
 # Exercises every stage of the sampler.
 SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.9)
 
@@ -130,14 +133,19 @@ def measure_step_costs(executor: TorchExecutor) -> StepCosts:
     Lengths that the executor does not hold are cut to what it does.
     """
     shape = executor.shape
-    room = min(shape.max_model_len, shape.num_device_blocks * shape.block_size // TIMED_REQUESTS) - 2
-    n = min(TIMED_REQUESTS, shape.max_slots)
+    n = min(TIMED_REQUESTS, shape.max_slots, shape.num_device_blocks)
+    while n > 1 and shape.num_device_blocks // n * shape.block_size < LEAST_TOKENS:
+        n -= 1
+    room = min(shape.max_model_len, shape.num_device_blocks // n * shape.block_size) - DECODED
+    if room < 1:
+        return StepCosts(max(LEAST_STEP_S, _prefill_s(executor, 1)))
     short, long = min(SHORT_CONTEXT, room), min(LONG_CONTEXT, room)
     one, many, full = (_decode_s(executor, *load) for load in ((1, short), (n, short), (n, long)))
     per_kv_token = max(0.0, full - many) / max(1, n * (long - short))
     per_request = max(0.0, (many - one) / max(1, n - 1) - per_kv_token * short)
     base = max(LEAST_STEP_S, one - per_request - per_kv_token * short)
-    first, second = min(SHORT_PROMPT, room), min(LONG_PROMPT, room, shape.max_step_tokens)
+    most = min(room, shape.max_step_tokens)
+    first, second = min(SHORT_PROMPT, most), min(LONG_PROMPT, most)
     slower = _prefill_s(executor, second) - _prefill_s(executor, first)
     return StepCosts(base, per_request, per_kv_token, max(0.0, slower) / max(1, second - first))
 
@@ -145,7 +153,7 @@ def measure_step_costs(executor: TorchExecutor) -> StepCosts:
 def _decode_s(executor: TorchExecutor, requests: int, context: int) -> float:
     """Seconds of a step in which so many requests with this context decode. What their KV holds does
     not matter."""
-    trial = TrialRequests(executor, requests, context, 2)
+    trial = TrialRequests(executor, requests, context, DECODED)
     trial.prefill(start=context - 1)
     seconds = trial.decode()
     trial.leave()

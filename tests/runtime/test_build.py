@@ -17,7 +17,7 @@ from chiron_engine.runtime import build
 from chiron_engine.runtime.build import build_executor, resolve_device, resolve_dtype
 from chiron_engine.runtime.errors import OutOfMemory
 from chiron_engine.runtime.torch_executor import TorchExecutor
-from chiron_engine.runtime.trial_steps import TrialRequests, measure_swap_costs
+from chiron_engine.runtime.trial_steps import TrialRequests, measure_step_costs, measure_swap_costs
 from scripts.gpu_suite.random_llama import write_random_llama
 
 SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9)
@@ -109,6 +109,26 @@ def test_swap_costs_are_measured(executor: TorchExecutor) -> None:
     assert 0 < costs.copy_out_s < 1
     assert 0 < costs.copy_in_s < 1
     assert 0 < costs.recompute_s < 1
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"kv_cache_memory": 10 * 8192},
+        {"kv_cache_memory": 91 * 8192},
+        {"kv_cache_memory": 8192, "max_model_len": 16},
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 3, "max_num_batched_tokens": 3},
+        {"max_model_len": 2, "block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1},
+    ],
+)
+def test_step_costs_are_timed_on_engines_of_any_size(config: EngineConfig, sizes: dict[str, int]) -> None:
+    executor, _ = build_executor(replace(config, **sizes))
+    costs = measure_step_costs(executor)
+    assert 0 < costs.base_s < 1
+    assert 0 < costs.seconds(4, 400, 16) < 1
+    executor.close()
 
 
 def test_trial_requests_that_do_not_fit_are_refused(executor: TorchExecutor) -> None:
