@@ -152,13 +152,14 @@ def test_evicted_requests_keep_what_they_produced() -> None:
 
 
 def test_a_request_gives_way_three_times_in_all() -> None:
-    """Nothing is saved of it, so that an engine sees it anew each time it comes back."""
-    interactive = trace_of(*[(1.0 + 3.0 * i, 20, 10) for i in range(6)])
+    """Nothing is saved of it, so that an engine sees it anew each time it comes back. Another
+    interactive request runs all the time: without one, batch gives way however often it did."""
+    interactive = trace_of((0.5, 20, 1500), *[(1.0 + 3.0 * i, 20, 10) for i in range(6)])
     workload = make_workload(interactive, trace_of((0.0, 20, 1500)), INTERACTIVE_SLO, BATCH_SLO)
     policy = plain_policy(local_autoscaler="fixed")
-    result = small_run(workload, policy, small_profile(slots=1), host_kv_share=0.0)
+    result = small_run(workload, policy, small_profile(slots=2), host_kv_share=0.0)
     assert_served_once(result)
-    assert result.requests.evictions[6] == 3
+    assert result.requests.evictions[7] == 3
 
 
 def test_finishes_report_the_whole_output() -> None:
