@@ -117,7 +117,7 @@ def test_swap_costs_are_measured(executor: TorchExecutor) -> None:
         {},
         {"kv_cache_memory": 10 * 8192},
         {"kv_cache_memory": 91 * 8192},
-        {"kv_cache_memory": 8192, "max_model_len": 16},
+        {"kv_cache_memory": 2 * 8192, "max_model_len": 16},
         {"max_num_seqs": 1},
         {"max_num_seqs": 3, "max_num_batched_tokens": 3},
         {"max_model_len": 2, "block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1},
