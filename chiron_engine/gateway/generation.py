@@ -19,6 +19,7 @@ from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, types_pb2
 from .engine_router import EngineRouter
 from .output_text import OutputText
 from .text import ModelText
+from .write_guard import WriteGuard
 
 # A client that takes no byte for this long has its request aborted.
 WRITE_TIMEOUT_S = 60.0
@@ -50,6 +51,7 @@ class Generation:
         self._text = OutputText(text.detokenizer(), prompt.stops)
         self._stream = TokenStream(prompt.token_ids, prompt.sampling, prompt.slo, request_id, router)
         self._has_sent_headers = False
+        self._writes = WriteGuard(WRITE_TIMEOUT_S)
         router.submit(self._stream, received)
 
     def abort(self) -> None:
@@ -57,7 +59,17 @@ class Generation:
         self._stream.abort()
 
     async def run(self, context: grpc.aio.ServicerContext, on_first_token: Callable[[], None]) -> None:
-        """Stream every chunk. Raises RpcFailure."""
+        """Stream every chunk; waits while the client does not read, but not for ever. Raises RpcFailure."""
+        try:
+            async with self._writes:
+                await self._stream_chunks(context, on_first_token)
+        except TimeoutError:
+            message = f"the client read nothing for {WRITE_TIMEOUT_S:.0f} s; the request was ended"
+            raise exhausted(message, "slow_reader", None) from None
+
+    async def _stream_chunks(
+        self, context: grpc.aio.ServicerContext, on_first_token: Callable[[], None]
+    ) -> None:
         stream = self._stream
         while True:
             tokens = await stream.next()
@@ -127,16 +139,12 @@ class Generation:
         await self._write(context, chunk)
 
     async def _write(self, context: grpc.aio.ServicerContext, chunk: inference_pb2.GenerateChunk) -> None:
-        """Waits while the client does not read, but not for ever."""
         if not self._has_sent_headers:
             await send_headers(context)
             self._has_sent_headers = True
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await context.write(chunk)
-        except TimeoutError:
-            message = f"the client read nothing for {WRITE_TIMEOUT_S:.0f} s; the request was ended"
-            raise exhausted(message, "slow_reader", None) from None
+        self._writes.began()
+        await context.write(chunk)
+        self._writes.ended()
 
     def _timing(self, finished: engine_pb2.Finished) -> inference_pb2.Timing:
         times = self._stream.times
