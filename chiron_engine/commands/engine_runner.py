@@ -20,6 +20,7 @@ from chiron_engine.serving.engine_service import EngineDescription
 from chiron_engine.serving.fleet_member import EngineRefused, Join
 
 from .exits import CommandError, load_errors, port_errors, stop_code
+from .steady_heap import freeze_heap
 
 
 class EngineRunner:
@@ -57,12 +58,16 @@ class EngineRunner:
                     shutdown=shutdown,
                     companion=companion,
                     join=self._join,
-                    on_ready=lambda port: on_ready(port, self._loaded),
+                    on_ready=lambda port: self._begin(port, on_ready),
                     on_joined=on_joined,
                 )
             except (EngineFailed, EngineRefused) as error:
                 raise CommandError(str(error)) from error
         return stop_code(shutdown.signal)
+
+    def _begin(self, port: int, on_ready: Callable[[int, LoadedModel], None]) -> None:
+        freeze_heap()
+        on_ready(port, self._loaded)
 
     def _load(self, report_phase: ReportPhase) -> LoadedEngine:
         """Called in a thread of its own."""

@@ -31,6 +31,7 @@ from .fleet_options import FleetOptions
 from .local_engines import LocalEngines
 from .model_text import engine_model_name, model_text, text_directory
 from .server_options import reachable
+from .steady_heap import freeze_heap
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class FleetService:
             )
 
             def announce() -> None:
+                freeze_heap()
                 address = reachable(self._listen.host, port)
                 note(f"serving {config.model} on {address}; try:")
                 print(example_request(address, text), flush=True)
