@@ -15,6 +15,7 @@ from chiron_engine.commands import (
     doctor,
     drain,
     engine,
+    gateway,
     generate,
     ps,
     replay,
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("coordinator")(coordinator.coordinator)
 app.command("engine")(engine.engine)
+app.command("gateway")(gateway.gateway)
 app.command("generate")(generate.generate)
 app.add_typer(batch.app, name="batch")
 app.command("ps")(ps.ps)

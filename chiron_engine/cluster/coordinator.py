@@ -49,17 +49,13 @@ from .engine_roster import EngineRoster
 from .engines import Engine, Launcher
 from .event_log import EventLog
 from .fleet_counters import FleetCounters
-from .fleet_requests import fleet_request
+from .fleet_requests import AskedRequest, asked_by, fleet_request
+from .gateway_line import GatewayLine
+from .remote_stream import RoutedStream
 
 log = logging.getLogger(__name__)
 
 REFUSED_PAUSE_S = 0.1
-MOST_VAIN_LOSSES = 3
-"""Engines that end by themselves, one after another, with a request and without a token of it in between,
-before it is taken for the cause: what brings an engine down does so again where it goes on."""
-MOST_LOSSES = 10
-"""Of engines in all: a request may bring them down later, or have them killed for their memory."""
-
 StartStream = Callable[[], Awaitable[TokenStream]]
 
 
@@ -97,7 +93,8 @@ class Coordinator:
         self._num_joined = 0
         self._event_log = event_log
         self._keys = itertools.count(1)
-        self._streams: dict[int, TokenStream] = {}
+        self._streams: dict[int, RoutedStream] = {}
+        self._gateways: list[GatewayLine] = []
         self._starts: dict[int, StartStream] = {}
         self._placed: dict[int, Engine] = {}
         self._hello: engine_pb2.Hello | None = None
@@ -139,13 +136,17 @@ class Coordinator:
         await self.roster.stop_all()
 
     def submit(self, stream: TokenStream, received: float) -> None:
+        self.take(stream, asked_by(stream), received)
+
+    def take(self, stream: RoutedStream, asked: AskedRequest, received: float) -> None:
+        """Take over a stream, wherever its tokens go. received: on `clock`."""
         stream.key = self.next_key()
         hello = self._hello
         if self.fleet is None or hello is None:
             stream.fail(unavailable("no engine is ready yet; the model is loading", "model_loading"))
             return
         try:
-            request = fleet_request(stream, received, hello, self.config)
+            request = fleet_request(stream.key, asked, received, hello.max_model_len, self.config)
         except ValueError as error:
             stream.fail(invalid_argument(str(error)))
             return
@@ -156,17 +157,27 @@ class Coordinator:
         engine, pause = self._placed.get(stream.key), stream.pause
         if engine is None or pause is None or self._hello is None:
             return  # its engine is gone, and `release` saw to it
-        if (reason := stream.end_of(self._hello)) is not None:
-            stream.finish(engine_pb2.Finished(reason=reason))
-        elif pause.evicted:
-            self._leave(stream.key)
-            self.tell(RequestEvicted(stream.key, len(stream.tokens), pause.saved_tokens))
+        if stream.finish_if_over(self._hello):
+            return
+        if pause.evicted:
+            self.evicted(stream, pause.saved_tokens)
         elif pause.rejected is not None:
             self.roster.spawn(self._send_back(stream, engine))
         else:
             engine.adrift[stream.key] = stream
 
-    def ended(self, stream: TokenStream) -> None:
+    def evicted(self, stream: RoutedStream, saved_tokens: int) -> None:
+        """It has left the engine where it was, and asks for another place."""
+        self._leave(stream.key)
+        self.tell(RequestEvicted(stream.key, stream.output_tokens, saved_tokens))
+
+    def dropped(self, stream: RoutedStream) -> None:
+        """Whoever had it is gone, and with it what became of it."""
+        if self._streams.pop(stream.key, None) is not None:
+            self._leave(stream.key)
+            self.tell(RequestCancelled(stream.key))
+
+    def ended(self, stream: RoutedStream) -> None:
         if self._streams.pop(stream.key, None) is None:
             return
         self._leave(stream.key)
@@ -176,7 +187,21 @@ class Coordinator:
         if finished is None or finished.reason == types_pb2.FINISH_REASON_ABORT:
             self.tell(RequestCancelled(stream.key))
         else:
-            self.tell(RequestFinished(stream.key, len(stream.tokens)))
+            self.tell(RequestFinished(stream.key, stream.output_tokens))
+
+    # Gateways of other processes.
+
+    def attach(self, gateway: GatewayLine) -> None:
+        """From now on it hears of every engine, and is welcome once there was one."""
+        self._gateways.append(gateway)
+        if self._hello is not None:
+            gateway.welcome()
+        for engine in self.roster.engines.values():
+            if engine.is_ready:
+                gateway.engine_up(engine)
+
+    def detach(self, gateway: GatewayLine) -> None:
+        self._gateways.remove(gateway)
 
     # What the owner of a queue asks of it.
 
@@ -217,8 +242,7 @@ class Coordinator:
             return None
         for stream in list(engine.streams.values()):
             if stream.key in engine.adrift:
-                self._leave(stream.key)
-                self.tell(RequestEvicted(stream.key, len(stream.tokens), 0))
+                self.evicted(stream, 0)
             else:
                 stream.move()
         return engine
@@ -334,8 +358,11 @@ class Coordinator:
 
     def _forget(self, effect: Forget) -> None:
         engine = self.roster.engines.get(effect.instance_id)
-        if engine is not None and engine.link is not None:
-            engine.link.forget(effect.request_id)
+        if engine is None or engine.link is None:
+            return
+        engine.link.forget(effect.request_id)
+        for gateway in self._gateways:  # one of them has the connection that it was evicted from
+            gateway.forget(engine, effect.request_id)
 
     def _reject(self, effect: Reject) -> None:
         stream = self._streams.pop(effect.request_id, None)
@@ -386,6 +413,9 @@ class Coordinator:
         adrift, engine.adrift = engine.adrift, {}
         for stream in adrift.values():
             engine.link.run(stream)
+        for gateway in self._gateways:
+            gateway.welcome()
+            gateway.engine_up(engine)
         self._changed()
 
     def unlinked(self, engine: Engine) -> None:
@@ -396,26 +426,19 @@ class Coordinator:
         streams = [stream for stream in engine.streams.values() if not stream.has_ended]
         for key in [key for key, placed in self._placed.items() if placed is engine]:
             del self._placed[key]
+        for gateway in self._gateways:
+            gateway.engine_gone(engine)
         for stream in streams:
-            self._end_if_over(stream, engine.was_killed)
+            if isinstance(stream, TokenStream) and self._hello is not None:  # else its gateway sees to it
+                stream.engine_ended(self._hello, engine.was_killed)
         self._changed()
-        return {stream.key: len(stream.tokens) for stream in streams if not stream.has_ended}
-
-    def _end_if_over(self, stream: TokenStream, was_killed: bool) -> None:
-        """The engine may have gone between a request's last token and the word that it was the last."""
-        if self._hello is not None and (reason := stream.end_of(self._hello)) is not None:
-            stream.finish(engine_pb2.Finished(reason=reason))
-            return
-        stream.engine_ended(was_killed)
-        if stream.num_vain_losses >= MOST_VAIN_LOSSES or stream.num_losses >= MOST_LOSSES:
-            stream.fail(unavailable("every engine that served this request was lost", "engine_lost"))
+        return {stream.key: stream.output_tokens for stream in streams if not stream.has_ended}
 
     async def _send_back(self, stream: TokenStream, engine: Engine) -> None:
         """An engine that refuses requests is about to tell why; until then no other choice is better."""
         await asyncio.sleep(REFUSED_PAUSE_S)
         if self._placed.get(stream.key) is engine and not stream.has_ended:
-            self._leave(stream.key)
-            self.tell(RequestEvicted(stream.key, len(stream.tokens), 0))
+            self.evicted(stream, 0)
 
     def _leave(self, key: int) -> None:
         engine = self._placed.pop(key, None)
@@ -428,10 +451,13 @@ class Coordinator:
             listener()
 
 
-def _run(stream: TokenStream, engine: Engine) -> None:
+def _run(stream: RoutedStream, engine: Engine) -> None:
     assert engine.link is not None  # the policy routes to ready engines
     engine.streams[stream.key] = stream
-    engine.link.run(stream)
+    if isinstance(stream, TokenStream):
+        engine.link.run(stream)
+    else:
+        stream.place(engine.instance_id)
 
 
 def _spec(register: coordinator_pb2.Register, load_s: float) -> InstanceSpec:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import grpc.aio
 
 from chiron_engine.rpc.errors import RpcFailure, invalid_argument
+from chiron_engine.rpc.raw_handlers import send_headers
 from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from .coordinator import Coordinator
@@ -28,6 +29,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         first = await anext(reports, None)
         if first is None or first.WhichOneof("report") != "register":
             raise invalid_argument("the first report of an engine must be a Register")
+        await send_headers(context)  # a line that ends in its first write could send no status else
         engine = self._coordinator.roster.joined(first.register)
         sender = asyncio.create_task(_send_orders(engine, context))
         reader = asyncio.create_task(self._read(engine, reports))

@@ -338,8 +338,10 @@ class EngineRoster:
             engine.is_ready = True
             self.trouble = ""
             log.info("engine %d is ready at %s", engine.instance_id, engine.link.address)
+            self._owner.linked(engine)
             self._owner.tell(InstanceReady(engine.instance_id))
-        self._owner.linked(engine)
+        else:
+            self._owner.linked(engine)
 
     async def _bury(self, engine: Engine, cause: str) -> None:
         """A process that does not answer must not come back."""

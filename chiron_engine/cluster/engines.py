@@ -15,6 +15,7 @@ from chiron_engine.rpc.v1 import coordinator_pb2
 
 from .engine_records import EngineRecord
 from .engine_report import EngineReady
+from .remote_stream import RoutedStream
 
 
 class LaunchError(RuntimeError):
@@ -90,7 +91,7 @@ class Engine:
     is_dead: bool = False
     was_killed: bool = False
     orders: asyncio.Queue[coordinator_pb2.EngineOrder | None] = field(default_factory=asyncio.Queue)
-    streams: dict[int, TokenStream] = field(default_factory=dict)
+    streams: dict[int, RoutedStream] = field(default_factory=dict)
     adrift: dict[int, TokenStream] = field(default_factory=dict)
 
     def note(self, telemetry: coordinator_pb2.Telemetry, now: float) -> None:

@@ -25,8 +25,9 @@ from chiron_engine.policy.fleet.messages import (
     SetRole,
 )
 from chiron_engine.policy.iteration.request import Slo, SloClass
-from chiron_engine.rpc.token_stream import TokenStream
 from chiron_engine.rpc.v1 import coordinator_pb2, types_pb2
+
+from .remote_stream import RoutedStream
 
 LATENCY_BOUNDS_S = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0,
@@ -137,14 +138,14 @@ class FleetCounters:
         if telemetry is not None:
             self.gone.add(telemetry)
 
-    def request_ended(self, stream: TokenStream, request: FleetRequest, now: float) -> None:
+    def request_ended(self, stream: RoutedStream, request: FleetRequest, now: float) -> None:
         counters, times = self.requests[request.slo.slo_class], stream.times
         how = FAILED
         if stream.finished is not None:
             how = types_pb2.FinishReason.Name(stream.finished.reason).removeprefix("FINISH_REASON_").lower()
         counters.ended[how] += 1
-        counters.prompt_tokens += len(stream.prompt_ids)
-        counters.output_tokens += len(stream.tokens)
+        counters.prompt_tokens += stream.prompt_tokens
+        counters.output_tokens += stream.output_tokens
         if times.count:
             counters.ttft_s.observe(times.first - request.arrival)
             counters.itl_s.observe_all(times.gaps)
@@ -166,12 +167,12 @@ class FleetCounters:
             self.requests[event.request.slo.slo_class].ended[REJECTED] += 1
 
 
-def attained(stream: TokenStream, slo: Slo, arrival: float, now: float) -> bool:
+def attained(stream: RoutedStream, slo: Slo, arrival: float, now: float) -> bool:
     """Interactive: the first token within the TTFT SLO, at most 1 % of the gaps late, rounded up, and
     the last token by arrival + TTFT SLO + (n - 1) x ITL SLO. Batch: complete by the deadline, or
     where it has none by the same sum."""
     times = stream.times
-    gaps = max(0, len(stream.tokens) - 1)
+    gaps = max(0, stream.output_tokens - 1)
     end = arrival + slo.ttft_s + gaps * slo.itl_s
     if slo.slo_class is SloClass.BATCH:
         return now <= (end if slo.deadline is None else slo.deadline)

@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.policy.fleet.messages import FleetRequest
 from chiron_engine.policy.iteration.request import Slo, SloClass
+from chiron_engine.rpc.prompt_prefix import prompt_prefix
 from chiron_engine.rpc.token_stream import TokenStream
-from chiron_engine.rpc.v1 import engine_pb2
+from chiron_engine.rpc.v1 import types_pb2
 from chiron_engine.rpc.wire import slo_fields
 
-PREFIX_TOKENS = 128
-"""Requests whose prompts begin with the same tokens, so many, gain from the same engine."""
+
+@dataclass(frozen=True, slots=True)
+class AskedRequest:
+    """What a client asked for. max_tokens: None for as many as the context holds. prefix: equal where
+    prompts begin alike. produced: output tokens that it has already."""
+
+    slo: types_pb2.Slo
+    prompt_tokens: int
+    max_tokens: int | None
+    prefix: str | None
+    produced: int = 0
+
+
+def asked_by(stream: TokenStream) -> AskedRequest:
+    return AskedRequest(
+        stream.slo,
+        len(stream.prompt_ids),
+        stream.sampling.max_tokens if stream.sampling.HasField("max_tokens") else None,
+        prompt_prefix(stream.prompt_ids),
+    )
 
 
 def fleet_request(
-    stream: TokenStream, received: float, hello: engine_pb2.Hello, config: FleetConfig
+    key: int, asked: AskedRequest, received: float, max_model_len: int, config: FleetConfig
 ) -> FleetRequest:
     """received: on the coordinator's clock. An interactive request that asks for no ITL has the default,
     or the loosest target on offer where that is looser. Raises ValueError for an SLO that is none."""
-    fields = slo_fields(stream.slo)
+    fields = slo_fields(asked.slo)
     itl_s = fields["itl_s"]
-    if not (fields["batch"] or stream.slo.HasField("itl_slo_ms")):
+    if not (fields["batch"] or asked.slo.HasField("itl_slo_ms")):
         itl_s = max(itl_s, config.itl_targets_s[-1])
     deadline_s = fields["deadline_s"]
-    prompt = len(stream.prompt_ids)
-    room = hello.max_model_len - prompt
-    asked = stream.sampling.max_tokens if stream.sampling.HasField("max_tokens") else room
+    room = max_model_len - asked.prompt_tokens
     return FleetRequest(
-        request_id=stream.key,
+        request_id=key,
         slo=Slo(
             SloClass.BATCH if fields["batch"] else SloClass.INTERACTIVE,
             fields["ttft_s"],
@@ -39,13 +54,8 @@ def fleet_request(
             None if deadline_s is None else received + deadline_s,
         ),
         arrival=received,
-        prompt_tokens=prompt,
-        max_tokens=asked,
-        prefix=_prefix(stream.prompt_ids),
+        prompt_tokens=asked.prompt_tokens,
+        max_tokens=room if asked.max_tokens is None else asked.max_tokens,
+        prefix=asked.prefix,
+        produced=asked.produced,
     )
-
-
-def _prefix(prompt_ids: Sequence[int]) -> str | None:
-    if len(prompt_ids) < PREFIX_TOKENS:
-        return None
-    return hashlib.blake2b(array("I", prompt_ids[:PREFIX_TOKENS]).tobytes(), digest_size=8).hexdigest()

@@ -51,4 +51,4 @@ def coordinator(
     check_port(listen)
     from .fleet_service import FleetService
 
-    sys.exit(asyncio.run(FleetService(listen, config, options, here).run()))
+    sys.exit(asyncio.run(FleetService(listen, config, options, here, server["log_level"]).run()))

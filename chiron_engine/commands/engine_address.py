@@ -23,18 +23,19 @@ def fleet_addresses(
     return listen, advertise_host or (own if listen.host in EVERY_ADDRESS else listen.host)
 
 
-def route_address(target: str) -> str:
-    """This machine's address on the way to `target` (host:port). Nothing is sent. Raises CommandError."""
+def route_address(target: str, option: str = "--join") -> str:
+    """This machine's address on the way to `target` (host:port). Nothing is sent. option: that named the
+    target. Raises CommandError."""
     host, colon, port = target.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not (colon and host and port.isdigit() and 0 < int(port) < 1 << 16):
-        raise usage_error(f"--join is {target!r}; give HOST:PORT of a coordinator")
+        raise usage_error(f"{option} is {target!r}; give HOST:PORT of a coordinator")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])
     except socket.gaierror as error:
-        raise usage_error(f"--join is {target!r}; the host is unknown: {error.strerror}") from None
+        raise usage_error(f"{option} is {target!r}; the host is unknown: {error.strerror}") from None
     except OSError as error:
-        raise usage_error(f"--join is {target!r}; no way leads there: {error.strerror}") from None
+        raise usage_error(f"{option} is {target!r}; no way leads there: {error.strerror}") from None

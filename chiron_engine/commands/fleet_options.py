@@ -106,6 +106,27 @@ FLEET_OPTIONS = {
             "file_okay": False,
         },
     ),
+    "gateways": TableOption(
+        "--gateways",
+        int,
+        1,
+        {
+            "help": "Processes that answer clients, on one port; 1: the coordinator's own. One relays some "
+            "10,000 tokens a second.",
+            "min": 1,
+            "max": 256,
+        },
+    ),
+    "coordinator_port": TableOption(
+        "--coordinator-port",
+        int | None,
+        None,
+        {
+            "help": "With --gateways: where engines and gateways reach the coordinator (--grpc-port + 1).",
+            "min": 0,
+            "max": 65535,
+        },
+    ),
     "metrics_port": TableOption(
         "--metrics-port",
         int | None,
@@ -119,7 +140,9 @@ with_fleet_options = with_options("fleet", FLEET_OPTIONS, "Fleet")
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
-    """initial_engines: launched at the start. state_dir: where batches are kept; None for the default."""
+    """initial_engines: launched at the start. state_dir: where batches are kept; None for the default.
+    gateways: processes that answer clients; where it is over 1, the coordinator has a port of its own,
+    `coordinator_port`."""
 
     config: FleetConfig
     policy: str
@@ -127,11 +150,15 @@ class FleetOptions:
     event_log: Path | None
     state_dir: Path | None
     metrics_port: int | None = None
+    gateways: int = 1
+    coordinator_port: int | None = None
 
 
 def fleet_options(fleet: Mapping[str, Any], initial_engines: int, most_engines: int) -> FleetOptions:
     """most_engines: where --max-engines is not given. Raises CommandError (usage)."""
     with usage_errors():
+        if fleet["coordinator_port"] is not None and fleet["gateways"] == 1:
+            raise ValueError("--coordinator-port is for --gateways over 1; else --grpc-port is that port")
         config = FleetConfig(
             max_gpus=fleet["max_engines"] or most_engines,
             min_instances=fleet["min_engines"],
@@ -152,4 +179,6 @@ def fleet_options(fleet: Mapping[str, Any], initial_engines: int, most_engines: 
             fleet["event_log"],
             fleet["state_dir"],
             fleet["metrics_port"],
+            fleet["gateways"],
+            fleet["coordinator_port"],
         )

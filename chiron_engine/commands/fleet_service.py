@@ -7,20 +7,22 @@ import logging
 import socket
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chiron_engine.cluster.batch_service import BATCH_SERVICE
 from chiron_engine.cluster.coordinator import Coordinator
 from chiron_engine.cluster.coordinator_service import CoordinatorService
 from chiron_engine.cluster.engine_records import EngineRecords, can_outlive
 from chiron_engine.cluster.engine_report import LoadPhase
+from chiron_engine.cluster.engines import LaunchError
 from chiron_engine.cluster.event_log import EventLog
 from chiron_engine.cluster.local_launcher import LocalLauncher
+from chiron_engine.cluster.routing_service import RoutingService
 from chiron_engine.config import EngineConfig, GatewayConfig
 from chiron_engine.gateway.server import Gateway, open_server, serve_gateway
 from chiron_engine.rpc.port import check_free
 from chiron_engine.rpc.shutdown import Shutdown
-from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
+from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc, routing_pb2_grpc
 
 from .console import LoadPhases, note
 from .engine_address import EVERY_ADDRESS
@@ -31,7 +33,11 @@ from .fleet_options import FleetOptions
 from .local_engines import LocalEngines
 from .model_text import engine_model_name, model_text, text_directory
 from .server_options import reachable
+from .shared_gateways import SharedGateways, coordinator_listen
 from .steady_heap import freeze_heap
+
+if TYPE_CHECKING:
+    from chiron_engine.gateway.text import ModelText
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +55,16 @@ class FleetService:
         config: EngineConfig,
         fleet: FleetOptions,
         engines: LocalEngines | None,
+        log_level: str = "info",
     ) -> None:
-        """engines: what is started here; None where all of them come by themselves."""
-        self._listen = listen
+        """listen: where clients come. engines: what is started here; None where all of them come by
+        themselves."""
+        self._clients = listen
+        self._listen = coordinator_listen(listen, fleet)
         self._config = config
         self._fleet = fleet
         self._engines = engines
+        self._log_level = log_level
         self._phases: dict[int, LoadPhases] = {}
 
     async def run(self) -> int:
@@ -68,7 +78,11 @@ class FleetService:
             server, port = open_server(self._listen)
         with ExitStack() as resources:
             state = state_directory(
-                self._fleet.state_dir, self._config.model, port, self._listen.grpc_port, resources
+                self._fleet.state_dir,
+                self._config.model,
+                self._clients.grpc_port or port,
+                self._clients.grpc_port,
+                resources,
             )
             launcher = None
             if self._engines is not None:
@@ -76,6 +90,7 @@ class FleetService:
             name = engine_model_name(self._config, directory)
             coordinator = self._coordinator(launcher, name, resources)
             coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(coordinator), server)
+            routing_pb2_grpc.add_RoutingServicer_to_server(RoutingService(coordinator), server)
             self._serve_metrics(coordinator, resources)
             config = self._config
             gateway = Gateway(
@@ -86,11 +101,12 @@ class FleetService:
                 config.seed,
             )
 
+            gateways = self._shared_gateways(port)
+
             def announce() -> None:
                 freeze_heap()
-                address = reachable(self._listen.host, port)
-                note(f"serving {config.model} on {address}; try:")
-                print(example_request(address, text), flush=True)
+                if gateways is None:
+                    self._announce(port, text)
 
             async with batch_service(state, server, coordinator, gateway, text, shutdown):
                 if launcher is not None:  # no other process has `state` now
@@ -105,25 +121,54 @@ class FleetService:
                         shutdown=shutdown,
                         more_services=[COORDINATOR_SERVICE, BATCH_SERVICE],
                         on_ready=announce,
+                        drain_first=None if gateways is None else gateways.drain,
                     )
                 )
-                await self._follow(serving, coordinator, shutdown)
+                if gateways is None:
+                    await self._follow(serving, coordinator.roster.failed, shutdown)
+                    return stop_code(shutdown.signal)
+                gateways.start(lambda: self._announce(gateways.port, text))
+                try:
+                    await self._follow(serving, coordinator.roster.failed, shutdown, gateways.failed)
+                finally:
+                    await gateways.close()
         return stop_code(shutdown.signal)
 
     async def _follow(
-        self, serving: asyncio.Task[None], coordinator: Coordinator, shutdown: Shutdown
+        self,
+        serving: asyncio.Task[None],
+        no_engine: asyncio.Future[LaunchError],
+        shutdown: Shutdown,
+        no_gateway: asyncio.Future[str] | None = None,
     ) -> None:
-        """Until it has ended; also where the first engine of all cannot be had."""
-        either: set[asyncio.Future[Any]] = {serving, coordinator.roster.failed}
+        """Until it has ended; also where the first engine of all, or a gateway, cannot be had."""
+        either: set[asyncio.Future[Any]] = {serving, no_engine}
+        if no_gateway is not None:
+            either.add(no_gateway)
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not coordinator.roster.failed.done():
-            await serving
-            return
-        shutdown.request()
+        if not serving.done():
+            shutdown.request()
         await serving
-        failed = coordinator.roster.failed.result()
-        code = ExitCode(failed.code) if failed.code in set(ExitCode) else ExitCode.RUNTIME
-        raise CommandError(f"engine 0: {failed}", code)
+        if no_engine.done():
+            failed = no_engine.result()
+            code = ExitCode(failed.code) if failed.code in set(ExitCode) else ExitCode.RUNTIME
+            raise CommandError(f"engine 0: {failed}", code)
+        if no_gateway is not None and no_gateway.done():
+            raise CommandError(no_gateway.result())
+
+    def _announce(self, port: int, text: ModelText) -> None:
+        address = reachable(self._clients.host, port)
+        note(f"serving {self._config.model} on {address}; try:")
+        print(example_request(address, text), flush=True)
+
+    def _shared_gateways(self, port: int) -> SharedGateways | None:
+        """port: the coordinator's."""
+        count = self._fleet.gateways
+        if count == 1:
+            return None
+        coordinator = reachable(self._listen.host, port)
+        with port_errors():
+            return SharedGateways(self._config, self._clients, count, coordinator, self._log_level)
 
     def _records(self, state: Path) -> EngineRecords | None:
         """None where no coordinator can come back for the engines: its port would be another one."""

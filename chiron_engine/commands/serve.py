@@ -48,7 +48,7 @@ def serve(
     check_port(listen)
     from .fleet_service import FleetService
 
-    sys.exit(asyncio.run(FleetService(listen, config, options, engines_here).run()))
+    sys.exit(asyncio.run(FleetService(listen, config, options, engines_here, server["log_level"]).run()))
 
 
 def check_port(listen: GatewayConfig) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import grpc.aio
 
@@ -92,11 +93,11 @@ class Gateway:
             await self._changed.wait()
 
 
-def open_server(config: GatewayConfig) -> tuple[grpc.aio.Server, int]:
-    """A server bound to the configured port, not yet started, and the port it got. Raises PortInUse or
-    BindError."""
-    server = create_server(config.max_message_bytes)
-    return server, bind(server, config.host, config.grpc_port)
+def open_server(config: GatewayConfig, *, shares_port: bool = False) -> tuple[grpc.aio.Server, int]:
+    """A server bound to the configured port, not yet started, and the port it got. shares_port: with
+    gateways of other processes. Raises PortInUse or BindError."""
+    server = create_server(config.max_message_bytes, shares_port=shares_port)
+    return server, bind(server, config.host, config.grpc_port, shares_port=shares_port)
 
 
 async def serve_gateway(
@@ -107,11 +108,13 @@ async def serve_gateway(
     shutdown: Shutdown,
     more_services: Sequence[str] = (),
     on_ready: Callable[[], None] = lambda: None,
+    drain_first: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
     """Run a gateway on `server` until asked to stop, then drain it.
 
     on_ready: called once, when the first engine is ready; until then the server answers, with
-    UNAVAILABLE. more_services: others that were added to the server.
+    UNAVAILABLE. more_services: others that were added to the server. drain_first: what else has requests
+    that the engines are still needed for.
     """
     gateway.add_to(server)
     health = Health(server)
@@ -125,8 +128,8 @@ async def serve_gateway(
     try:
         await shutdown.drain.wait()
         log.info("draining: no new requests; %g s for those running", config.drain_timeout_s)
-        drained = asyncio.create_task(gateway.drain())
-        if not await shutdown.wait_drained(drained):
+        drains = [gateway.drain()] if drain_first is None else [gateway.drain(), drain_first()]
+        if not await shutdown.wait_drained(*(asyncio.create_task(drain) for drain in drains)):
             log.warning("not drained in time; the requests left end with an error")
     finally:
         ready.cancel()

@@ -30,12 +30,14 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[ChannelO
     ]
 
 
-def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[ChannelOption]:
-    """Server side. `so_reuseport` 0: with the default 1, two servers share a port silently. Of calls
+def server_options(
+    max_message_bytes: int = MAX_MESSAGE_BYTES, *, shares_port: bool = False
+) -> list[ChannelOption]:
+    """Server side. `so_reuseport`: with the default 1, two servers share a port silently. Of calls
     that come faster than Python takes them gRPC drops some, from 1000 on, with CANCELLED and no word;
     they are to get as far as our own limits, which say why."""
     return [
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.keepalive_time_ms", 2000),
         ("grpc.keepalive_timeout_ms", 5000),
         ("grpc.http2.ping_timeout_ms", 5000),

@@ -32,14 +32,16 @@ class Holder:
     command: str
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Bind `server` and return the port (chosen by the system where `port` is 0).
+def bind(server: grpc.aio.Server, host: str, port: int, *, shares_port: bool = False) -> int:
+    """Bind `server` and return the port (chosen by the system where `port` is 0). shares_port: with other
+    processes that say so too, as the server's options have it.
 
     Raises PortInUse, or BindError for a port out of range, an unknown host or a missing right.
     """
     if not 0 <= port <= 65535:
         raise BindError(f"port is {port}; it must be between 0 (any free port) and 65535")
-    check_free(host, port)
+    if not shares_port:
+        check_free(host, port)
     try:
         return server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     except RuntimeError:

@@ -15,10 +15,12 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def create_server(max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+def create_server(
+    max_message_bytes: int = MAX_MESSAGE_BYTES, *, shares_port: bool = False
+) -> grpc.aio.Server:
     return grpc.aio.server(
         interceptors=[RawHandlers()],
-        options=server_options(max_message_bytes),
+        options=server_options(max_message_bytes, shares_port=shares_port),
         maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS,
     )
 

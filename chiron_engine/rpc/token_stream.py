@@ -10,11 +10,17 @@ from typing import Protocol
 
 import grpc
 
-from .errors import RpcFailure, invalid_argument
+from .errors import RpcFailure, invalid_argument, unavailable
 from .v1 import engine_pb2, types_pb2
 
 # Tokens that may wait for a client that does not read: some 64 KiB of text.
 MAX_PENDING_TOKENS = 1 << 14
+
+MOST_VAIN_LOSSES = 3
+"""Engines that end by themselves, one after another, with a request and without a token of it in between,
+before it is taken for the cause: what brings an engine down does so again where it goes on."""
+MOST_LOSSES = 10
+"""Of engines in all: a request may bring them down later, or have them killed for their memory."""
 
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 
@@ -130,6 +136,14 @@ class TokenStream:
         return self.finished is not None or self.failure is not None
 
     @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
     def is_running(self) -> bool:
         return self._attempt is not None
 
@@ -199,15 +213,25 @@ class TokenStream:
                 submit.sampling.max_tokens = self.sampling.max_tokens - len(self.tokens)
         return submit
 
-    def engine_ended(self, was_killed: bool) -> None:
-        """Count the end of an engine where it was; losing only the connection is none. was_killed: from
-        outside, which tells nothing about this request."""
-        self.num_losses += 1
-        if was_killed:
+    def finish_if_over(self, hello: engine_pb2.Hello) -> bool:
+        """Whether it has ended, or does now: its engine may have gone before it said that this was all."""
+        if not self.has_ended and (reason := self.end_of(hello)) is not None:
+            self.finish(engine_pb2.Finished(reason=reason))
+        return self.has_ended
+
+    def engine_ended(self, hello: engine_pb2.Hello, was_killed: bool) -> None:
+        """The engine where it was is no more; losing only the connection is not that. The stream goes on
+        elsewhere, unless it is over or has ended too many engines. was_killed: from outside, which tells
+        nothing about this request."""
+        if self.finish_if_over(hello):
             return
-        came = len(self.tokens) > self._tokens_at_loss >= 0
-        self.num_vain_losses = 1 if came else self.num_vain_losses + 1
-        self._tokens_at_loss = len(self.tokens)
+        self.num_losses += 1
+        if not was_killed:
+            came = len(self.tokens) > self._tokens_at_loss >= 0
+            self.num_vain_losses = 1 if came else self.num_vain_losses + 1
+            self._tokens_at_loss = len(self.tokens)
+        if self.num_vain_losses >= MOST_VAIN_LOSSES or self.num_losses >= MOST_LOSSES:
+            self.fail(unavailable("every engine that served this request was lost", "engine_lost"))
 
     def fail(self, failure: RpcFailure) -> None:
         """No engine will go on with it; the client is told why."""

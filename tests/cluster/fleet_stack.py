@@ -15,6 +15,7 @@ from chiron_engine.cluster.engine_records import EngineRecord
 from chiron_engine.cluster.engine_report import EngineReady
 from chiron_engine.cluster.engines import LaunchError, RunningEngine
 from chiron_engine.cluster.event_log import EventLog
+from chiron_engine.cluster.routing_service import RoutingService
 from chiron_engine.commands.fleet_batch import batch_service
 from chiron_engine.config import GatewayConfig
 from chiron_engine.core.clocks import MonotonicClock
@@ -30,7 +31,7 @@ from chiron_engine.policy.iteration.local_autoscaler import make_local_autoscale
 from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.rpc.client import BatchClient, InferenceClient, sampling
 from chiron_engine.rpc.shutdown import Shutdown
-from chiron_engine.rpc.v1 import coordinator_pb2_grpc, inference_pb2, types_pb2
+from chiron_engine.rpc.v1 import coordinator_pb2_grpc, inference_pb2, routing_pb2_grpc, types_pb2
 from chiron_engine.serving.engine_process import LoadedEngine, run_engine
 from chiron_engine.serving.engine_service import EngineDescription
 from chiron_engine.serving.fleet_member import Join
@@ -170,6 +171,7 @@ async def running_fleet(
     launcher.address = f"127.0.0.1:{port}"
     coordinator = Coordinator(policy, config, launcher, initial_engines=initial, event_log=event_log)
     coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(coordinator), server)
+    routing_pb2_grpc.add_RoutingServicer_to_server(RoutingService(coordinator), server)
     gateway = Gateway(NoTokenizer(), NAME, coordinator, 1024)
     shutdown = Shutdown(1.0)
     async with AsyncExitStack() as resources:
