@@ -24,8 +24,8 @@ class GatewayProcesses:
     """One that ends is started again, for as long as this is open. Used from one event loop."""
 
     def __init__(self, command: Sequence[str], count: int, on_log: Callable[[int, str], None]) -> None:
-        """command: of a gateway that shares its port; it is told its index and its parent's pid. on_log(index, line): what
-        a gateway writes."""
+        """command: of a gateway that shares its port; it is told its index and its parent's pid.
+        on_log(index, line): what a gateway writes."""
         self._command = [*command, "--parent-pid", str(os.getpid())]
         self._count = count
         self._on_log = on_log
