@@ -65,6 +65,7 @@ class Upload:
         self._now = now
         self._size = 0
         self._spec: batch_pb2.BatchSpec | None = None
+        self._is_complete = False
         self.lines: list[NewLine] = []
 
     async def receive(self, messages: AsyncIterator[batch_pb2.SubmitBatchRequest]) -> NewBatch:
@@ -83,9 +84,12 @@ class Upload:
                 break
             self._take_space(message.ByteSize())
             self._take_spec(message)
+            self._is_complete = message.complete
             await self._take_lines(message)
         if self._spec is None:
             raise invalid_argument("the call has no messages; the first must hold the batch")
+        if not self._is_complete:
+            raise invalid_argument("complete is not set in the last message: nothing was stored")
         return self._batch(self._spec)
 
     def release(self) -> None:

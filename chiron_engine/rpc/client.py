@@ -155,8 +155,8 @@ async def _submit_pages(
         if size >= SUBMIT_PAGE_BYTES:
             yield page
             page, size = batch_pb2.SubmitBatchRequest(), 0
-    if page.lines or page.HasField("batch"):
-        yield page
+    page.complete = True
+    yield page
 
 
 class EngineClient(_Client):

@@ -56,7 +56,7 @@ class Stack:
     now: float = NOW
 
     async def submit(self, spec: Spec, lines: Iterable[Line] = ()) -> batch_pb2.BatchInfo:
-        return await self.stub.Submit(iter([Page(batch=spec, lines=lines)]), timeout=10)
+        return await self.stub.Submit(iter([Page(batch=spec, lines=lines, complete=True)]), timeout=10)
 
     async def get(self, batch_id: str) -> batch_pb2.BatchInfo:
         return await self.stub.Get(batch_pb2.GetBatchRequest(batch_id=batch_id))
@@ -132,7 +132,7 @@ def test_a_batch_comes_in_pages_and_is_known_at_once(tmp_path: Path) -> None:
             batch_id="b", name="night", metadata={"k": "v"}, completion_window_s=60, expire_after_s=90
         )
         own = slo(deadline_s=7, ttft_slo_ms=500, itl_slo_ms=50)
-        pages = [Page(batch=spec), Page(lines=lines(3)), Page(), Page(lines=[own])]
+        pages = [Page(batch=spec), Page(lines=lines(3)), Page(), Page(lines=[own], complete=True)]
         info = await stack.stub.Submit(iter(pages), timeout=10)
         assert info == await stack.get("b")
         assert (info.name, dict(info.metadata), info.created) == ("night", {"k": "v"}, NOW)
@@ -255,6 +255,8 @@ BAD_SUBMITS = [
 def test_bad_batches_are_named_and_not_stored(tmp_path: Path) -> None:
     async def scenario(stack: Stack) -> None:
         for pages, code, says in BAD_SUBMITS:
+            for page in pages[-1:]:
+                page.complete = True
             error = await failure(stack.stub.Submit(iter(pages), timeout=10))
             assert (error.code(), says in (error.details() or "")) == (code, True), (says, error.details())
             assert error_code(error) in ("invalid_value", "context_length_exceeded", "request_too_large")
@@ -331,13 +333,34 @@ def test_a_client_that_leaves_during_the_commit_is_still_heard_of(
             return await really_call(operation)
 
         monkeypatch.setattr(stack.store, "call", slow_call)
-        call = stack.stub.Submit(iter([Page(batch=Spec(batch_id="b"), lines=lines(2))]))
+        call = stack.stub.Submit(iter([Page(batch=Spec(batch_id="b"), lines=lines(2), complete=True)]))
         await started.wait()
         call.cancel()
         await asyncio.sleep(0.1)
         release.set()
         await asyncio.wait_for(stack.listener.heard.wait(), 5)
         assert (await stack.get("b")).lines.queued == 2
+
+    in_loop(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "closed"])
+def test_an_upload_that_breaks_off_is_not_stored(tmp_path: Path, ends: str) -> None:
+    """gRPC shows a cancelled call first as one whose requests have ended."""
+
+    async def scenario(stack: Stack) -> None:
+        for number in range(20):
+            call = stack.stub.Submit()
+            await call.write(Page(batch=Spec(batch_id=f"b{number}"), lines=lines(2)))
+            if ends == "cancelled":
+                await asyncio.sleep(0.02)  # the page has come
+                call.cancel()
+            else:
+                await call.done_writing()
+                error = await failure(call)
+                assert (error.code(), "complete is not set" in (error.details() or "")) == (BAD, True)
+        await asyncio.sleep(0.1)
+        assert not (await stack.stub.List(batch_pb2.ListBatchesRequest())).batches
 
     in_loop(tmp_path, scenario)
 
@@ -361,7 +384,7 @@ def test_uploads_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     async def scenario(stack: Stack) -> None:
         space = stack.service._space
         first = stack.stub.Submit()
-        await first.write(Page(batch=Spec(batch_id="first"), lines=lines(10)))
+        await first.write(Page(batch=Spec(batch_id="first"), lines=lines(10), complete=True))
         while space._free == most:
             await asyncio.sleep(0.01)
         error = await failure(stack.submit(Spec(), lines(10)))

@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from . import inference_pb2 as chiron_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63hiron/v1/batch.proto\x12\tchiron.v1\x1a\x19\x63hiron/v1/inference.proto\"^\n\x12SubmitBatchRequest\x12#\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x14.chiron.v1.BatchSpec\x12#\n\x05lines\x18\x02 \x03(\x0b\x32\x14.chiron.v1.BatchLine\"\xfc\x01\n\tBatchSpec\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x34\n\x08metadata\x18\x03 \x03(\x0b\x32\".chiron.v1.BatchSpec.MetadataEntry\x12 \n\x13\x63ompletion_window_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0e\x65xpire_after_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x16\n\x14_completion_window_sB\x11\n\x0f_expire_after_s\"K\n\tBatchLine\x12\x11\n\tcustom_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.chiron.v1.GenerateRequest\"\x8f\x01\n\nLineCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07\x65victed\x18\x04 \x01(\r\x12\x0c\n\x04\x64one\x18\x05 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\r\x12\x0f\n\x07\x65xpired\x18\x07 \x01(\r\x12\x11\n\tcancelled\x18\x08 \x01(\r\"\x93\x03\n\tBatchInfo\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x34\n\x08metadata\x18\x03 \x03(\x0b\x32\".chiron.v1.BatchInfo.MetadataEntry\x12&\n\x06status\x18\x04 \x01(\x0e\x32\x16.chiron.v1.BatchStatus\x12$\n\x05lines\x18\x05 \x01(\x0b\x32\x15.chiron.v1.LineCounts\x12\x0f\n\x07\x63reated\x18\x06 \x01(\x01\x12\x15\n\x08\x64\x65\x61\x64line\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nexpires_at\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0c\x63\x61ncelled_at\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0b\x66inished_at\x18\n \x01(\x01H\x03\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_deadlineB\r\n\x0b_expires_atB\x0f\n\r_cancelled_atB\x0e\n\x0c_finished_at\"#\n\x0fGetBatchRequest\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\"2\n\x12ListBatchesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\"N\n\x13ListBatchesResponse\x12%\n\x07\x62\x61tches\x18\x01 \x03(\x0b\x32\x14.chiron.v1.BatchInfo\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"S\n\x12ListResultsRequest\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x12\n\x05\x61\x66ter\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05limit\x18\x03 \x01(\rB\x08\n\x06_after\"e\n\x13ListResultsResponse\x12&\n\x07results\x18\x01 \x03(\x0b\x32\x15.chiron.v1.LineResult\x12\x17\n\nnext_after\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_next_after\"\xc5\x01\n\nLineResult\x12\x0f\n\x07line_no\x18\x01 \x01(\r\x12\x11\n\tcustom_id\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.chiron.v1.LineState\x12\x10\n\x08\x65nded_at\x18\x04 \x01(\x01\x12*\n\x06output\x18\x05 \x01(\x0b\x32\x18.chiron.v1.GenerateChunkH\x00\x12%\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x14.chiron.v1.LineErrorH\x00\x42\t\n\x07outcome\"*\n\tLineError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"&\n\x12\x43\x61ncelBatchRequest\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t*\xb8\x01\n\x0b\x42\x61tchStatus\x12\x1c\n\x18\x42\x41TCH_STATUS_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x42\x41TCH_STATUS_IN_PROGRESS\x10\x01\x12\x1b\n\x17\x42\x41TCH_STATUS_CANCELLING\x10\x02\x12\x1a\n\x16\x42\x41TCH_STATUS_COMPLETED\x10\x03\x12\x18\n\x14\x42\x41TCH_STATUS_EXPIRED\x10\x04\x12\x1a\n\x16\x42\x41TCH_STATUS_CANCELLED\x10\x05*\xcc\x01\n\tLineState\x12\x1a\n\x16LINE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11LINE_STATE_QUEUED\x10\x01\x12\x16\n\x12LINE_STATE_RUNNING\x10\x02\x12\x16\n\x12LINE_STATE_EVICTED\x10\x03\x12\x13\n\x0fLINE_STATE_DONE\x10\x04\x12\x15\n\x11LINE_STATE_FAILED\x10\x05\x12\x16\n\x12LINE_STATE_EXPIRED\x10\x06\x12\x18\n\x14LINE_STATE_CANCELLED\x10\x07\x32\xd1\x02\n\x05\x42\x61tch\x12?\n\x06Submit\x12\x1d.chiron.v1.SubmitBatchRequest\x1a\x14.chiron.v1.BatchInfo(\x01\x12\x37\n\x03Get\x12\x1a.chiron.v1.GetBatchRequest\x1a\x14.chiron.v1.BatchInfo\x12\x45\n\x04List\x12\x1d.chiron.v1.ListBatchesRequest\x1a\x1e.chiron.v1.ListBatchesResponse\x12H\n\x07Results\x12\x1d.chiron.v1.ListResultsRequest\x1a\x1e.chiron.v1.ListResultsResponse\x12=\n\x06\x43\x61ncel\x12\x1d.chiron.v1.CancelBatchRequest\x1a\x14.chiron.v1.BatchInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63hiron/v1/batch.proto\x12\tchiron.v1\x1a\x19\x63hiron/v1/inference.proto\"p\n\x12SubmitBatchRequest\x12#\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x14.chiron.v1.BatchSpec\x12#\n\x05lines\x18\x02 \x03(\x0b\x32\x14.chiron.v1.BatchLine\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"\xfc\x01\n\tBatchSpec\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x34\n\x08metadata\x18\x03 \x03(\x0b\x32\".chiron.v1.BatchSpec.MetadataEntry\x12 \n\x13\x63ompletion_window_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0e\x65xpire_after_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x16\n\x14_completion_window_sB\x11\n\x0f_expire_after_s\"K\n\tBatchLine\x12\x11\n\tcustom_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.chiron.v1.GenerateRequest\"\x8f\x01\n\nLineCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07\x65victed\x18\x04 \x01(\r\x12\x0c\n\x04\x64one\x18\x05 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\r\x12\x0f\n\x07\x65xpired\x18\x07 \x01(\r\x12\x11\n\tcancelled\x18\x08 \x01(\r\"\x93\x03\n\tBatchInfo\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x34\n\x08metadata\x18\x03 \x03(\x0b\x32\".chiron.v1.BatchInfo.MetadataEntry\x12&\n\x06status\x18\x04 \x01(\x0e\x32\x16.chiron.v1.BatchStatus\x12$\n\x05lines\x18\x05 \x01(\x0b\x32\x15.chiron.v1.LineCounts\x12\x0f\n\x07\x63reated\x18\x06 \x01(\x01\x12\x15\n\x08\x64\x65\x61\x64line\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nexpires_at\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0c\x63\x61ncelled_at\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0b\x66inished_at\x18\n \x01(\x01H\x03\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_deadlineB\r\n\x0b_expires_atB\x0f\n\r_cancelled_atB\x0e\n\x0c_finished_at\"#\n\x0fGetBatchRequest\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\"2\n\x12ListBatchesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\"N\n\x13ListBatchesResponse\x12%\n\x07\x62\x61tches\x18\x01 \x03(\x0b\x32\x14.chiron.v1.BatchInfo\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"S\n\x12ListResultsRequest\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x12\n\x05\x61\x66ter\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05limit\x18\x03 \x01(\rB\x08\n\x06_after\"e\n\x13ListResultsResponse\x12&\n\x07results\x18\x01 \x03(\x0b\x32\x15.chiron.v1.LineResult\x12\x17\n\nnext_after\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_next_after\"\xc5\x01\n\nLineResult\x12\x0f\n\x07line_no\x18\x01 \x01(\r\x12\x11\n\tcustom_id\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.chiron.v1.LineState\x12\x10\n\x08\x65nded_at\x18\x04 \x01(\x01\x12*\n\x06output\x18\x05 \x01(\x0b\x32\x18.chiron.v1.GenerateChunkH\x00\x12%\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x14.chiron.v1.LineErrorH\x00\x42\t\n\x07outcome\"*\n\tLineError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"&\n\x12\x43\x61ncelBatchRequest\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t*\xb8\x01\n\x0b\x42\x61tchStatus\x12\x1c\n\x18\x42\x41TCH_STATUS_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x42\x41TCH_STATUS_IN_PROGRESS\x10\x01\x12\x1b\n\x17\x42\x41TCH_STATUS_CANCELLING\x10\x02\x12\x1a\n\x16\x42\x41TCH_STATUS_COMPLETED\x10\x03\x12\x18\n\x14\x42\x41TCH_STATUS_EXPIRED\x10\x04\x12\x1a\n\x16\x42\x41TCH_STATUS_CANCELLED\x10\x05*\xcc\x01\n\tLineState\x12\x1a\n\x16LINE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11LINE_STATE_QUEUED\x10\x01\x12\x16\n\x12LINE_STATE_RUNNING\x10\x02\x12\x16\n\x12LINE_STATE_EVICTED\x10\x03\x12\x13\n\x0fLINE_STATE_DONE\x10\x04\x12\x15\n\x11LINE_STATE_FAILED\x10\x05\x12\x16\n\x12LINE_STATE_EXPIRED\x10\x06\x12\x18\n\x14LINE_STATE_CANCELLED\x10\x07\x32\xd1\x02\n\x05\x42\x61tch\x12?\n\x06Submit\x12\x1d.chiron.v1.SubmitBatchRequest\x1a\x14.chiron.v1.BatchInfo(\x01\x12\x37\n\x03Get\x12\x1a.chiron.v1.GetBatchRequest\x1a\x14.chiron.v1.BatchInfo\x12\x45\n\x04List\x12\x1d.chiron.v1.ListBatchesRequest\x1a\x1e.chiron.v1.ListBatchesResponse\x12H\n\x07Results\x12\x1d.chiron.v1.ListResultsRequest\x1a\x1e.chiron.v1.ListResultsResponse\x12=\n\x06\x43\x61ncel\x12\x1d.chiron.v1.CancelBatchRequest\x1a\x14.chiron.v1.BatchInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -26,40 +26,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BATCHSPEC_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_BATCHINFO_METADATAENTRY']._loaded_options = None
   _globals['_BATCHINFO_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_BATCHSTATUS']._serialized_start=1685
-  _globals['_BATCHSTATUS']._serialized_end=1869
-  _globals['_LINESTATE']._serialized_start=1872
-  _globals['_LINESTATE']._serialized_end=2076
+  _globals['_BATCHSTATUS']._serialized_start=1703
+  _globals['_BATCHSTATUS']._serialized_end=1887
+  _globals['_LINESTATE']._serialized_start=1890
+  _globals['_LINESTATE']._serialized_end=2094
   _globals['_SUBMITBATCHREQUEST']._serialized_start=63
-  _globals['_SUBMITBATCHREQUEST']._serialized_end=157
-  _globals['_BATCHSPEC']._serialized_start=160
-  _globals['_BATCHSPEC']._serialized_end=412
-  _globals['_BATCHSPEC_METADATAENTRY']._serialized_start=322
-  _globals['_BATCHSPEC_METADATAENTRY']._serialized_end=369
-  _globals['_BATCHLINE']._serialized_start=414
-  _globals['_BATCHLINE']._serialized_end=489
-  _globals['_LINECOUNTS']._serialized_start=492
-  _globals['_LINECOUNTS']._serialized_end=635
-  _globals['_BATCHINFO']._serialized_start=638
-  _globals['_BATCHINFO']._serialized_end=1041
-  _globals['_BATCHINFO_METADATAENTRY']._serialized_start=322
-  _globals['_BATCHINFO_METADATAENTRY']._serialized_end=369
-  _globals['_GETBATCHREQUEST']._serialized_start=1043
-  _globals['_GETBATCHREQUEST']._serialized_end=1078
-  _globals['_LISTBATCHESREQUEST']._serialized_start=1080
-  _globals['_LISTBATCHESREQUEST']._serialized_end=1130
-  _globals['_LISTBATCHESRESPONSE']._serialized_start=1132
-  _globals['_LISTBATCHESRESPONSE']._serialized_end=1210
-  _globals['_LISTRESULTSREQUEST']._serialized_start=1212
-  _globals['_LISTRESULTSREQUEST']._serialized_end=1295
-  _globals['_LISTRESULTSRESPONSE']._serialized_start=1297
-  _globals['_LISTRESULTSRESPONSE']._serialized_end=1398
-  _globals['_LINERESULT']._serialized_start=1401
-  _globals['_LINERESULT']._serialized_end=1598
-  _globals['_LINEERROR']._serialized_start=1600
-  _globals['_LINEERROR']._serialized_end=1642
-  _globals['_CANCELBATCHREQUEST']._serialized_start=1644
-  _globals['_CANCELBATCHREQUEST']._serialized_end=1682
-  _globals['_BATCH']._serialized_start=2079
-  _globals['_BATCH']._serialized_end=2416
+  _globals['_SUBMITBATCHREQUEST']._serialized_end=175
+  _globals['_BATCHSPEC']._serialized_start=178
+  _globals['_BATCHSPEC']._serialized_end=430
+  _globals['_BATCHSPEC_METADATAENTRY']._serialized_start=340
+  _globals['_BATCHSPEC_METADATAENTRY']._serialized_end=387
+  _globals['_BATCHLINE']._serialized_start=432
+  _globals['_BATCHLINE']._serialized_end=507
+  _globals['_LINECOUNTS']._serialized_start=510
+  _globals['_LINECOUNTS']._serialized_end=653
+  _globals['_BATCHINFO']._serialized_start=656
+  _globals['_BATCHINFO']._serialized_end=1059
+  _globals['_BATCHINFO_METADATAENTRY']._serialized_start=340
+  _globals['_BATCHINFO_METADATAENTRY']._serialized_end=387
+  _globals['_GETBATCHREQUEST']._serialized_start=1061
+  _globals['_GETBATCHREQUEST']._serialized_end=1096
+  _globals['_LISTBATCHESREQUEST']._serialized_start=1098
+  _globals['_LISTBATCHESREQUEST']._serialized_end=1148
+  _globals['_LISTBATCHESRESPONSE']._serialized_start=1150
+  _globals['_LISTBATCHESRESPONSE']._serialized_end=1228
+  _globals['_LISTRESULTSREQUEST']._serialized_start=1230
+  _globals['_LISTRESULTSREQUEST']._serialized_end=1313
+  _globals['_LISTRESULTSRESPONSE']._serialized_start=1315
+  _globals['_LISTRESULTSRESPONSE']._serialized_end=1416
+  _globals['_LINERESULT']._serialized_start=1419
+  _globals['_LINERESULT']._serialized_end=1616
+  _globals['_LINEERROR']._serialized_start=1618
+  _globals['_LINEERROR']._serialized_end=1660
+  _globals['_CANCELBATCHREQUEST']._serialized_start=1662
+  _globals['_CANCELBATCHREQUEST']._serialized_end=1700
+  _globals['_BATCH']._serialized_start=2097
+  _globals['_BATCH']._serialized_end=2434
 # @@protoc_insertion_point(module_scope)

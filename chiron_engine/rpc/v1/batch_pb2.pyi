@@ -42,12 +42,14 @@ LINE_STATE_EXPIRED: LineState
 LINE_STATE_CANCELLED: LineState
 
 class SubmitBatchRequest(_message.Message):
-    __slots__ = ("batch", "lines")
+    __slots__ = ("batch", "lines", "complete")
     BATCH_FIELD_NUMBER: _ClassVar[int]
     LINES_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
     batch: BatchSpec
     lines: _containers.RepeatedCompositeFieldContainer[BatchLine]
-    def __init__(self, batch: _Optional[_Union[BatchSpec, _Mapping]] = ..., lines: _Optional[_Iterable[_Union[BatchLine, _Mapping]]] = ...) -> None: ...
+    complete: bool
+    def __init__(self, batch: _Optional[_Union[BatchSpec, _Mapping]] = ..., lines: _Optional[_Iterable[_Union[BatchLine, _Mapping]]] = ..., complete: bool = ...) -> None: ...
 
 class BatchSpec(_message.Message):
     __slots__ = ("batch_id", "name", "metadata", "completion_window_s", "expire_after_s")
