@@ -27,6 +27,7 @@ MEASURES = {
     "simulator": simulator.measure,
 }
 WITH_MODEL = ("local", "eviction")
+WITH_GATEWAYS = ("relay", "fleet50")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="local, eviction: the model on the CPU (smollm2)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of that model (float32)")
+    parser.add_argument("--gateways", type=int, help="relay, fleet50: processes that answer clients (1)")
     parser.add_argument("--json", metavar="FILE", help="- is standard output; the table then goes to stderr")
     arguments = parser.parse_args()
     if not 0 < arguments.scale <= 10:
@@ -46,6 +48,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--seed is {arguments.seed}; it must not be negative")
     if arguments.measure not in WITH_MODEL and (arguments.model or arguments.dtype):
         parser.error(f"--model and --dtype are for {' and '.join(WITH_MODEL)}; {arguments.measure} has none")
+    if arguments.measure not in WITH_GATEWAYS and arguments.gateways is not None:
+        parser.error(f"--gateways is for {' and '.join(WITH_GATEWAYS)}")
+    if arguments.gateways is not None and arguments.gateways < 1:
+        parser.error(f"--gateways is {arguments.gateways}; it must be at least 1")
     if arguments.json not in (None, "-") and not Path(arguments.json).absolute().parent.is_dir():
         parser.error(f"--json: the folder of {arguments.json!r} does not exist")
     return arguments
@@ -58,6 +64,7 @@ def main() -> None:
         seed=arguments.seed,
         model=arguments.model or "smollm2",
         dtype=arguments.dtype or "float32",
+        gateways=arguments.gateways or 1,
     )
     try:
         measured = MEASURES[arguments.measure](options)

@@ -9,7 +9,7 @@ from chiron_engine.rpc.client import InferenceClient
 
 from .measured import Measured, Options, milliseconds
 from .open_load import ThroughServer, arrivals, compare, references, send, wait_fleet
-from .processes import CpuClock, Server, memory, serving
+from .processes import CpuClock, Server, memory, service_pids, serving
 
 ENGINES = 50
 RATE = 100.0
@@ -22,23 +22,27 @@ MIB = 1 << 20
 
 def measure(options: Options) -> Measured:
     count = str(ENGINES)
-    with serving("--engines", count, "--min-engines", count, "--max-engines", count) as server:
+    fleet = ["--engines", count, "--min-engines", count, "--max-engines", count]
+    with serving(*fleet, "--gateways", str(options.gateways)) as server:
         return asyncio.run(_measure(options, server))
 
 
 async def _measure(options: Options, server: Server) -> Measured:
     measured = Measured()
     engines = [instance.pid for instance in await wait_fleet(server.address, ENGINES)]
-    clock = CpuClock(server.pid)
+    service = service_pids(server, engines)
+    clock = CpuClock(*service)
     await asyncio.sleep(options.seconds(IDLE_S))
     idle_cores = clock.share
     async with InferenceClient(server.address) as client:
         target = ThroughServer(client)
         right = await references(target, TOKENS)
-        clock, engine_clock = CpuClock(server.pid), CpuClock(*engines)
+        clock, engine_clock = CpuClock(*service), CpuClock(*engines)
+        coordinator_clock = CpuClock(server.pid)
         times = arrivals(RATE, options.seconds(SECONDS), options.seed)
         answers = await send(target, times, TOKENS)
         cores, engine_cores, idle = clock.share, engine_clock.share, clock.idle
+        coordinator_cores = coordinator_clock.share
     wrong = compare(answers, right)
     sizes = [memory(pid) for pid in engines]
     own = memory(server.pid)
@@ -67,6 +71,11 @@ async def _measure(options: Options, server: Server) -> Measured:
         f"of what others use too; coordinator and gateway: {own.resident / MIB:.0f} MiB resident"
     )
     measured.notes.append(f"{idle:.0%} of the machine was idle")
+    if options.gateways > 1:
+        measured.notes.append(
+            f"{options.gateways} gateways: {cores - coordinator_cores:.3f} of a core in all, the coordinator "
+            f"alone {coordinator_cores:.3f}"
+        )
     seen = f"{wrong.lost} lost, {wrong.doubled} doubled, {wrong.other} with other tokens"
     measured.judge("no request lost or doubled, every token the right one", seen, wrong.total == 0)
     target_text = (

@@ -14,12 +14,14 @@ from chiron_engine.sim.report import print_rows
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """scale: of times and counts, 1 is the measure as stated. model, dtype: of the real engine."""
+    """scale: of times and counts, 1 is the measure as stated. model, dtype: of the real engine. gateways:
+    processes that answer clients; 1 is the coordinator's own."""
 
     scale: float = 1.0
     seed: int = 0
     model: str = "smollm2"
     dtype: str = "float32"
+    gateways: int = 1
 
     def seconds(self, stated: float) -> float:
         return stated * self.scale

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """`chiron serve`, ready. pid: of coordinator and gateway, one process."""
+    """`chiron serve`, ready. pid: of the coordinator, and its own gateway."""
 
     pid: int
     address: str
@@ -89,6 +89,11 @@ def memory(pid: int) -> Memory:
         name, value, *_ = line.split()
         kib[name.rstrip(":")] = int(value)
     return Memory(kib["Rss"] << 10, (kib["Private_Clean"] + kib["Private_Dirty"]) << 10, kib["Pss"] << 10)
+
+
+def service_pids(server: Server, engines: Iterable[int]) -> list[int]:
+    """The coordinator, and its gateways where they are processes of their own."""
+    return [server.pid, *(set(child_pids(server.pid)) - set(engines))]
 
 
 class CpuClock:

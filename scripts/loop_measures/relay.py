@@ -12,7 +12,7 @@ from chiron_engine.rpc.client import InferenceClient
 
 from .measured import Measured, Options, cores, milliseconds
 from .open_load import Answer, StraightToEngine, Target, ThroughServer, arrivals, send, wait_fleet
-from .processes import CpuClock, Server, serving
+from .processes import CpuClock, Server, service_pids, serving
 
 ENGINES = 10
 TOKENS = 20
@@ -27,7 +27,7 @@ MOST_ADDED_S = 5e-3
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """CPU seconds: of the coordinator for a request of one token and for each further token, of all
+    """CPU seconds: of coordinator and gateways for a request of one token and for each further token, of all
     processes for a request of TOKENS; cores that all take without requests."""
 
     request_s: float
@@ -43,7 +43,8 @@ class Costs:
 
 def measure(options: Options) -> Measured:
     count = str(ENGINES)
-    with serving("--engines", count, "--min-engines", count, "--max-engines", count) as server:
+    fleet = ["--engines", count, "--min-engines", count, "--max-engines", count]
+    with serving(*fleet, "--gateways", str(options.gateways)) as server:
         return asyncio.run(_measure(options, server))
 
 
@@ -54,7 +55,8 @@ async def _measure(options: Options, server: Server) -> Measured:
         client = await stack.enter_async_context(InferenceClient(server.address))
         server_target = ThroughServer(client)
         pids = [server.pid, os.getpid(), *(engine.pid for engine in engines)]
-        costs = await _costs(options, server_target, server.pid, pids)
+        service = service_pids(server, [engine.pid for engine in engines])
+        costs = await _costs(options, server_target, service, sorted({*pids, *service}))
         if costs.rate <= 1:
             raise ValueError("this machine is busy with the engines alone; there is no rate to measure at")
         times = arrivals(costs.rate, options.seconds(SECONDS), options.seed)
@@ -78,8 +80,8 @@ async def _measure(options: Options, server: Server) -> Measured:
         f"{PROBE_RATE:g} a second, {BUSY:.0%} of {cores()} cores"
     )
     measured.notes.append(
-        f"CPU of coordinator and gateway: {costs.request_s * 1e3:.2f} ms for a request of one token, "
-        f"{costs.token_s * 1e6:.0f} us for each further token"
+        f"CPU of coordinator and gateways ({options.gateways}): {costs.request_s * 1e3:.2f} ms for a request of one "
+        f"token, {costs.token_s * 1e6:.0f} us for each further token"
     )
     seen = f"{added[99] * 1e3:.2f} ms ({added[50] * 1e3:.2f} ms at p50)"
     text = f"routing and relaying add at most {MOST_ADDED_S * 1e3:g} ms to TTFT at p99"
@@ -99,14 +101,14 @@ def _ttft(answers: list[Answer]) -> list[float]:
     return [answer.ttft_s for answer in answers if answer.tokens]
 
 
-async def _costs(options: Options, target: Target, server_pid: int, pids: list[int]) -> Costs:
-    own, everyone = CpuClock(server_pid), CpuClock(*pids)
+async def _costs(options: Options, target: Target, service: list[int], pids: list[int]) -> Costs:
+    own, everyone = CpuClock(*service), CpuClock(*pids)
     await asyncio.sleep(options.seconds(IDLE_S))
     own_idle, all_idle = own.share, everyone.share
     times = arrivals(PROBE_RATE, options.seconds(PROBE_S), options.seed + 1)
     spent = {}
     for tokens in (1, TOKENS):
-        own, everyone = CpuClock(server_pid), CpuClock(*pids)
+        own, everyone = CpuClock(*service), CpuClock(*pids)
         answers = await send(target, times, tokens)
         seconds = answers[-1].sent - answers[0].sent
         spent[tokens] = (own.seconds - own_idle * seconds) / len(answers)
