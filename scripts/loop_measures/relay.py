@@ -80,8 +80,8 @@ async def _measure(options: Options, server: Server) -> Measured:
         f"{PROBE_RATE:g} a second, {BUSY:.0%} of {cores()} cores"
     )
     measured.notes.append(
-        f"CPU of coordinator and gateways ({options.gateways}): {costs.request_s * 1e3:.2f} ms for a request of one "
-        f"token, {costs.token_s * 1e6:.0f} us for each further token"
+        f"CPU of coordinator and gateways ({options.gateways}): {costs.request_s * 1e3:.2f} ms for a request "
+        f"of one token, {costs.token_s * 1e6:.0f} us for each further token"
     )
     seen = f"{added[99] * 1e3:.2f} ms ({added[50] * 1e3:.2f} ms at p50)"
     text = f"routing and relaying add at most {MOST_ADDED_S * 1e3:g} ms to TTFT at p99"
