@@ -51,11 +51,12 @@ from .event_log import EventLog
 from .fleet_counters import FleetCounters
 from .fleet_requests import AskedRequest, asked_by, fleet_request
 from .gateway_line import GatewayLine
-from .remote_stream import RoutedStream
+from .remote_stream import RemoteStream, RoutedStream
 
 log = logging.getLogger(__name__)
 
 REFUSED_PAUSE_S = 0.1
+DRAIN_POLL_S = 0.05
 StartStream = Callable[[], Awaitable[TokenStream]]
 
 
@@ -101,6 +102,7 @@ class Coordinator:
         self._listeners: list[Callable[[], None]] = []
         self._events: deque[FleetEvent] = deque()
         self._is_telling = False
+        self._is_draining = False
         self._effects: dict[type, Callable[[Any], None]] = {
             Launch: self._launch,
             SetRole: self._set_role,
@@ -128,10 +130,21 @@ class Coordinator:
         self.roster.spawn(self._keep_ticking())
         self._initial_engines = self.roster.start(self._initial_engines)
 
+    async def drain_gateways(self) -> None:
+        """Returns when no gateway of another process has a request on engines that end with this
+        coordinator; new ones are refused. Engines that joined outlive it, with what runs there."""
+        if not self.roster.can_launch:
+            return
+        self._is_draining = True
+        while any(isinstance(stream, RemoteStream) for stream in self._streams.values()):
+            await asyncio.sleep(DRAIN_POLL_S)
+
     async def close(self) -> None:
-        """End what is left of the requests, then the engines that were launched."""
+        """End what is left of the requests here, then the engines that were launched. What gateways of
+        other processes have is theirs to end."""
         for stream in list(self._streams.values()):
-            stream.fail(unavailable("the server was shut down before the request ended", "draining"))
+            if isinstance(stream, TokenStream):
+                stream.fail(unavailable("the server was shut down before the request ended", "draining"))
         await self.roster.abandon()
         await self.roster.stop_all()
 
@@ -144,6 +157,9 @@ class Coordinator:
         hello = self._hello
         if self.fleet is None or hello is None:
             stream.fail(unavailable("no engine is ready yet; the model is loading", "model_loading"))
+            return
+        if self._is_draining and not asked.produced:
+            stream.fail(unavailable("the server is shutting down and takes no new requests", "draining"))
             return
         try:
             request = fleet_request(stream.key, asked, received, hello.max_model_len, self.config)
@@ -432,7 +448,7 @@ class Coordinator:
             if isinstance(stream, TokenStream) and self._hello is not None:  # else its gateway sees to it
                 stream.engine_ended(self._hello, engine.was_killed)
         self._changed()
-        return {stream.key: stream.output_tokens for stream in streams if not stream.has_ended}
+        return {stream.key: _known_tokens(stream) for stream in streams if not stream.has_ended}
 
     async def _send_back(self, stream: TokenStream, engine: Engine) -> None:
         """An engine that refuses requests is about to tell why; until then no other choice is better."""
@@ -458,6 +474,14 @@ def _run(stream: RoutedStream, engine: Engine) -> None:
         engine.link.run(stream)
     else:
         stream.place(engine.instance_id)
+
+
+def _known_tokens(stream: RoutedStream) -> int:
+    """At least so many of one that ran. What came of it at a gateway of another process is heard only once
+    it departs or ends; till then it counts as begun, since what was begun is not refused any more."""
+    if isinstance(stream, RemoteStream):
+        return max(1, stream.output_tokens)
+    return stream.output_tokens
 
 
 def _spec(register: coordinator_pb2.Register, load_s: float) -> InstanceSpec:

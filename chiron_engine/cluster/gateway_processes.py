@@ -65,16 +65,20 @@ class GatewayProcesses:
 
     async def _keep(self, index: int) -> None:
         while not self._closing:
-            code = await self._run(index)
+            try:
+                how = f"ended with exit code {await self._run(index)}"
+            except OSError as error:  # too many processes or files, for one
+                how = f"could not be started: {error.strerror}"
             if self._closing:
                 return
             if not self._ready[index].is_set():
-                raise RuntimeError(f"gateway {index} ended with exit code {code} before it was ready")
-            log.error("gateway %d ended with exit code %s; it is started again", index, code)
+                raise RuntimeError(f"gateway {index} {how}, and was never ready")
+            log.error("gateway %d %s; it is started again", index, how)
             await asyncio.sleep(RESTART_S)
 
     async def _run(self, index: int) -> int:
-        """One process, to its end. A session of its own: Ctrl-C is for its parent to pass on."""
+        """One process, to its end. A session of its own: Ctrl-C is for its parent to pass on. Raises
+        OSError."""
         process = await asyncio.create_subprocess_exec(
             *self._command, "--index", str(index), stdout=PIPE, stderr=PIPE, start_new_session=True
         )

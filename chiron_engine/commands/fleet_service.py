@@ -121,7 +121,7 @@ class FleetService:
                         shutdown=shutdown,
                         more_services=[COORDINATOR_SERVICE, BATCH_SERVICE],
                         on_ready=announce,
-                        drain_first=None if gateways is None else gateways.drain,
+                        drain_first=lambda: _drain_other_gateways(coordinator, gateways),
                     )
                 )
                 if gateways is None:
@@ -242,3 +242,10 @@ class FleetService:
 
     def _show_phase(self, instance_id: int, phase: LoadPhase) -> None:
         self._phases_of(instance_id)(phase.phase, phase.fraction)
+
+
+async def _drain_other_gateways(coordinator: Coordinator, started_here: SharedGateways | None) -> None:
+    drains = [coordinator.drain_gateways()]
+    if started_here is not None:
+        drains.append(started_here.drain())
+    await asyncio.gather(*drains)

@@ -16,6 +16,8 @@ from .engine_options import to_arguments
 from .exits import port_errors
 from .fleet_options import FleetOptions
 
+TELL_CLIENTS_S = 3.0
+
 
 def coordinator_listen(listen: GatewayConfig, fleet: FleetOptions) -> GatewayConfig:
     """Where the coordinator listens, for clients that come to `listen`. Raises CommandError (usage)."""
@@ -82,13 +84,20 @@ class SharedGateways:
             on_ready()
 
 
+def drain_timeout_s(listen: GatewayConfig) -> float:
+    """A little less than their parent's: once that is over, engines end and so do they, and clients are to
+    hear of it before."""
+    parent_s = listen.drain_timeout_s
+    return max(parent_s / 2, parent_s - TELL_CLIENTS_S)
+
+
 def _command(
     config: EngineConfig, listen: GatewayConfig, port: int, coordinator: str, log_level: str
 ) -> list[str]:
     # -P: no module of the folder this was started in may take the place of a real one.
     command = [sys.executable, "-P", "-m", "chiron_engine", "gateway", "--shared-port"]
     command += ["--coordinator", coordinator, "--host", listen.host, "--grpc-port", str(port)]
-    command += ["--drain-timeout", str(listen.drain_timeout_s), "--log-level", log_level]
+    command += ["--drain-timeout", str(drain_timeout_s(listen)), "--log-level", log_level]
     if listen.reflection:
         command.append("--grpc-reflection")
     return [*command, *to_arguments(config)]

@@ -28,17 +28,24 @@ log = logging.getLogger(__name__)
 REFUSED_PAUSE_S = 0.1
 """An engine that refuses requests is about to tell the coordinator why; until then it would be chosen
 again."""
+UNREACHABLE_S = 30.0
+"""An engine that the coordinator reaches and this gateway does not, for so long: what was placed there
+fails. One that has died is known by then."""
+AWAY_S = 120.0
+"""Without the coordinator for so long, what waits for a place fails."""
 STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """An engine and the streams placed there. adrift: those that wait for its link to come up."""
+    """An engine and the streams placed there. adrift: those that wait for its link to come up. giving_up:
+    on them, unless it does; None while it is up."""
 
     instance_id: int
     link: EngineLink
     streams: set[TokenStream] = field(default_factory=set)
     adrift: set[TokenStream] = field(default_factory=set)
+    giving_up: asyncio.TimerHandle | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +73,9 @@ class FleetRouter:
         self._ids = itertools.count(1)
         self._listeners: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._giving_up: asyncio.TimerHandle | None = None
+        self._has_given_up = False
+        """On the coordinator, until it is back."""
 
     # What a gateway asks of it.
 
@@ -85,31 +95,34 @@ class FleetRouter:
         self.line.start()
 
     async def close(self) -> None:
+        for stream in list(self._routed):
+            stream.fail(unavailable("the server was shut down before the request ended", "draining"))
         await self.line.close()
+        _call_off(self._giving_up)
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*(place.link.close() for place in self._places.values()))
+        await asyncio.gather(*(_close(place) for place in self._places.values()))
 
     def submit(self, stream: TokenStream, received: float) -> None:
         self._routed[stream] = routed = Routed(stream, received)
         if self.line.is_up:
             self._announce(routed)
         else:
-            stream.fail(
-                unavailable("the coordinator cannot be reached; try again shortly", "coordinator_away")
-            )
+            stream.fail(_away())
 
     # What streams tell.
 
     def paused(self, stream: TokenStream) -> None:
         routed, pause = self._routed[stream], stream.pause
         place = routed.place
-        if place is None or pause is None or self._hello is None or stream.finish_if_over(self._hello):
+        if place is None or pause is None or self._is_over(stream):
             return
         if pause.evicted:
             self._depart(routed, pause.saved_tokens)
         elif pause.rejected is not None:
             self._spawn_departure(routed)
+        elif self._has_given_up:
+            stream.fail(_away())
         else:
             place.adrift.add(stream)
 
@@ -124,17 +137,22 @@ class FleetRouter:
     async def attached(self) -> None:
         """Nothing of before holds: engines are met anew, and every request goes on from its tokens. Those
         that run do so until now."""
+        _call_off(self._giving_up)
+        self._has_given_up = False
         for routed in self._routed.values():
             _leave(routed)
         self._by_id.clear()
         places, self._places = self._places, {}
-        await asyncio.gather(*(place.link.close() for place in places.values()))
+        await asyncio.gather(*(_close(place) for place in places.values()))
         for routed in list(self._routed.values()):
-            if self._hello is None or not routed.stream.finish_if_over(self._hello):
+            if routed.id in self._by_id:  # it came while the links were closed
+                continue
+            if not self._is_over(routed.stream):
                 self._announce(routed)
         self._changed()
 
     def detached(self) -> None:
+        self._giving_up = asyncio.get_running_loop().call_later(AWAY_S, self._give_up)
         self._changed()
 
     async def obey(self, order: routing_pb2.GatewayOrder) -> None:
@@ -157,6 +175,7 @@ class FleetRouter:
     def _engine_up(self, up: routing_pb2.EngineUp) -> None:
         link = EngineLink(up.address, lambda: self._link_changed(place), up.boot_id)
         place = self._places[up.instance_id] = Place(up.instance_id, link)
+        self._await_link(place)
         link.start()
 
     async def _engine_gone(self, gone: routing_pb2.EngineGone) -> None:
@@ -164,7 +183,7 @@ class FleetRouter:
         place = self._places.pop(gone.instance_id, None)
         if place is None:
             return
-        await place.link.close()
+        await _close(place)
         for stream in list(place.streams):
             _leave(self._routed[stream])
             if self._hello is not None:
@@ -242,7 +261,44 @@ class FleetRouter:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    # What does not come back.
+
+    def _await_link(self, place: Place) -> None:
+        place.giving_up = asyncio.get_running_loop().call_later(UNREACHABLE_S, self._give_up_on, place)
+
+    def _give_up_on(self, place: Place) -> None:
+        self._await_link(place)
+        if not self.line.is_up:
+            return  # it may have ended, and nobody could tell
+        address = place.link.address
+        log.error(
+            "engine %d at %s, which the coordinator reaches, cannot be reached from here; %d requests fail",
+            place.instance_id,
+            address,
+            len(place.adrift),
+        )
+        message = f"the engine at {address} cannot be reached from this gateway"
+        for stream in list(place.adrift):
+            stream.fail(unavailable(message, "engine_unreachable"))
+
+    def _give_up(self) -> None:
+        self._has_given_up = True
+        waiting = [stream for stream in self._routed if not stream.is_running]
+        log.error(
+            "no coordinator for %.0f s; %d requests that do not run fail now, and others once their engine "
+            "is lost",
+            AWAY_S,
+            len(waiting),
+        )
+        for stream in waiting:
+            stream.fail(_away())
+
     def _link_changed(self, place: Place) -> None:
+        if place.link.is_connected:
+            _call_off(place.giving_up)
+            place.giving_up = None
+        elif place.giving_up is None:
+            self._await_link(place)
         if place.link.is_ready:
             self._hello = place.link.hello
             adrift, place.adrift = place.adrift, set()
@@ -250,9 +306,26 @@ class FleetRouter:
                 place.link.run(stream)
         self._changed()
 
+    def _is_over(self, stream: TokenStream) -> bool:
+        return self._hello is not None and stream.finish_if_over(self._hello)
+
     def _changed(self) -> None:
         for listener in self._listeners:
             listener()
+
+
+def _away() -> RpcFailure:
+    return unavailable("the coordinator cannot be reached; try again shortly", "coordinator_away")
+
+
+def _call_off(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+async def _close(place: Place) -> None:
+    await place.link.close()
+    _call_off(place.giving_up)
 
 
 def _leave(routed: Routed) -> None:

@@ -93,11 +93,14 @@ class EngineLink:
             self._aborts.append(handle)
             self._unsent.set()
 
+    def abandon(self, handle: int) -> None:
+        self.abort(handle)
+        self._streams.pop(handle, None)
+
     def take_back(self, handle: int) -> None:
-        stream = self._streams.pop(handle, None)
+        stream = self._streams.get(handle)
         if stream is not None:
-            self._aborts.append(handle)
-            self._unsent.set()
+            self.abandon(handle)
             stream.evict(engine_pb2.Evicted(handle=handle))
 
     async def _keep_connected(self) -> None:
@@ -211,8 +214,18 @@ class EngineLink:
         self._submits, self._aborts, self._forgets = [], [], []
         self._unsent.clear()
         for stream in streams.values():
-            stream.lose()
+            _lose(stream)
         self._on_change()
+
+
+def _lose(stream: TokenStream) -> None:
+    """What its owner makes of that must neither cost the others theirs nor keep the link from closing."""
+    if stream.has_ended:  # by what became of one before it
+        return
+    try:
+        stream.lose()
+    except Exception:
+        log.exception("request %s could not be told that its engine is gone", stream.request_id)
 
 
 def _end(stream: TokenStream, finished: engine_pb2.Finished) -> None:

@@ -53,8 +53,12 @@ class Attempt(Protocol):
 
     def abort(self, handle: int) -> None: ...
 
+    def abandon(self, handle: int) -> None:
+        """End it without the engine's word; its stream hears nothing more of it."""
+        ...
+
     def take_back(self, handle: int) -> None:
-        """End it without the engine's word: its stream is evicted at once."""
+        """`abandon`, where its stream is evicted at once."""
         ...
 
 
@@ -234,7 +238,9 @@ class TokenStream:
             self.fail(unavailable("every engine that served this request was lost", "engine_lost"))
 
     def fail(self, failure: RpcFailure) -> None:
-        """No engine will go on with it; the client is told why."""
+        """No engine goes on with it, also where one runs it; the client is told why."""
+        if self._attempt is not None:
+            self._attempt.abandon(self._handle)
         self.failure = failure
         self._end()
 

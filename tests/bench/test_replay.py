@@ -99,8 +99,9 @@ def test_a_request_over_its_time_is_given_up_and_lost(model: Path) -> None:
     log, completed = asyncio.run(run())
     assert completed
     assert log.outcome.tolist() == [Outcome.UNFINISHED] * 2
-    (error,) = log.errors
-    assert error.startswith("DEADLINE_EXCEEDED")
+    assert sum(log.errors.values()) == 2
+    # Told by whichever side sees it first; the server's says which case.
+    assert {error.split()[0] for error in log.errors} == {"DEADLINE_EXCEEDED"}
 
 
 def test_equal_prefix_blocks_are_found_in_the_cache(model: Path) -> None:

@@ -7,8 +7,10 @@ import signal
 import threading
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
+from chiron_engine.rpc.errors import error_code
 from tests.cli.chiron_process import Server, chiron, is_alive, wait_gone
 from tests.cli.fleet_process import SIMULATED, ask_fleet, free_port, generate, serve, wait_fleet, wait_until
 
@@ -81,6 +83,54 @@ def test_a_stream_of_a_gateway_apart_outlives_the_coordinator(tmp_path: Path) ->
             assert apart.wait() == 0
             server.signal(signal.SIGTERM)
             assert server.wait() == 0
+
+
+def test_a_stream_on_an_engine_that_joined_outlives_a_clean_stop_of_the_coordinator(tmp_path: Path) -> None:
+    port, other = free_port(), free_port()
+    coordinator = ["coordinator", "tiny", *SIMULATED, "--grpc-port", str(port), "--state-dir", str(tmp_path)]
+    engine = ["engine", "tiny", *SIMULATED, "--join", f"127.0.0.1:{port}", "--grpc-port", "0"]
+    gateway = ["gateway", "tiny", *SIMULATED, "--coordinator", f"127.0.0.1:{port}", "--grpc-port", str(other)]
+    got: list[int] = []
+    with Server(engine) as joined, Server(gateway) as apart, Server(coordinator) as server:
+        assert server.wait_ready(), server.stderr
+        assert apart.wait_ready(), apart.stderr
+        expected = generate(other, max_tokens=1200)
+        stream = threading.Thread(target=lambda: got.extend(generate(other, max_tokens=1200)))
+        stream.start()
+        wait_until(lambda: ask_fleet(port).instances[0].telemetry.running_interactive == 1)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert stream.is_alive(), "it was to be interrupted"
+        with Server(coordinator) as server:
+            assert server.wait_ready(), server.stderr
+            stream.join(60)
+            assert got == expected
+            wait_until(lambda: answers(other, expected[:20]))
+            for each in (apart, joined, server):
+                each.signal(signal.SIGTERM)
+                assert each.wait() == 0
+
+
+def test_gateways_that_are_not_drained_in_time_tell_their_clients(tmp_path: Path) -> None:
+    port, ends = free_port(), []
+    shared = ["--gateways", "2", "--coordinator-port", "0", "--drain-timeout", "1"]
+
+    def ask() -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            generate(port, max_tokens=5000)
+        ends.append((caught.value.code(), error_code(caught.value)))
+
+    with Server(serve(port, tmp_path, *shared)) as server:
+        assert server.wait_ready(), server.stderr
+        streams = [threading.Thread(target=ask) for _ in range(3)]
+        for stream in streams:
+            stream.start()
+        wait_until(lambda: ask_fleet(port).instances[0].telemetry.running_interactive == 3)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        for stream in streams:
+            stream.join(10)
+        assert ends == [(grpc.StatusCode.UNAVAILABLE, "draining")] * 3
 
 
 def test_a_gateway_that_cannot_listen_or_does_not_fit_says_why(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,14 +12,17 @@ import grpc.aio
 import pytest
 
 from chiron_engine.config import GatewayConfig
+from chiron_engine.gateway import fleet_router
 from chiron_engine.gateway.fleet_router import FleetRouter
 from chiron_engine.gateway.no_tokenizer import NoTokenizer
 from chiron_engine.gateway.server import Gateway, open_server, serve_gateway
 from chiron_engine.policy.fleet.config import FleetConfig
 from chiron_engine.rpc.client import InferenceClient
+from chiron_engine.rpc.engine_link import EngineLink
 from chiron_engine.rpc.errors import error_code
 from chiron_engine.rpc.shutdown import Shutdown
-from chiron_engine.rpc.v1 import inference_pb2, routing_pb2, routing_pb2_grpc
+from chiron_engine.rpc.token_stream import TokenStream
+from chiron_engine.rpc.v1 import inference_pb2, routing_pb2, routing_pb2_grpc, types_pb2
 from tests.cluster.fleet_stack import LONG_S, NAME, Fleet, InProcessLauncher, expected, running_fleet
 
 
@@ -226,6 +230,144 @@ def test_while_the_coordinator_is_away_streams_go_on_and_new_ones_are_refused() 
             router.line.start()
             assert await asyncio.gather(*tasks) == [expected(prompt, 200) for prompt in prompts]
             assert await generate(client, [5], 2) == expected([5], 2)
+
+    asyncio.run(check())
+
+
+def test_what_comes_while_the_line_is_taken_up_again_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told of twice it would run twice, and yield each token twice."""
+    close, during = EngineLink.close, []
+
+    async def check() -> None:
+        async with (
+            running_fleet(config()) as fleet,
+            apart_gateway(fleet.launcher.address) as (client, router),
+        ):
+
+            async def close_slowly(link: EngineLink) -> None:
+                during.append(asyncio.create_task(generate(client, [5, 6], 40)))
+                await asyncio.sleep(0.3)
+                await close(link)
+
+            await router.line.close()
+            monkeypatch.setattr(EngineLink, "close", close_slowly)
+            router.line.start()
+            await fleet.wait_for(lambda: during)
+            monkeypatch.setattr(EngineLink, "close", close)
+            assert await during[0] == expected([5, 6], 40)
+            await fleet.wait_for(lambda: not fleet.coordinator.fleet.has_work)  # type: ignore[union-attr]
+
+    asyncio.run(check())
+
+
+def test_strict_admission_does_not_cut_what_runs_when_its_engine_is_lost() -> None:
+    async def check() -> None:
+        async with (
+            running_fleet(config(admission="strict")) as fleet,
+            apart_gateway(fleet.launcher.address) as (client, _),
+        ):
+            prompts = [[index + 1] * 20 for index in range(4)]
+            tasks = [
+                asyncio.create_task(generate(client, prompt, 200, ttft_slo_ms=500.0)) for prompt in prompts
+            ]
+            await asyncio.sleep(0.5)
+            fleet.launcher.delay_s = 1.5  # longer than anyone new would be let wait
+            fleet.launcher.tasks[0].cancel()
+            assert await asyncio.gather(*tasks) == [expected(prompt, 200) for prompt in prompts]
+
+    asyncio.run(check())
+
+
+def test_a_request_placed_where_this_gateway_cannot_reach_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fleet_router, "UNREACHABLE_S", 0.3)
+
+    async def check() -> None:
+        async with running_fleet(config()) as fleet:
+            listed = fleet.coordinator.roster.engines[0].register
+            assert listed is not None
+            listed.address = "127.0.0.1:9"  # as where another network hides it
+            router = FleetRouter(fleet.launcher.address, NAME)
+            router.start()
+            await fleet.wait_for(lambda: router.line.is_up)
+            stream = TokenStream([1, 2], types_pb2.SamplingParams(), types_pb2.Slo(), "r", router)
+            router.submit(stream, time.monotonic())
+            await fleet.wait_for(lambda: stream.has_ended, 5.0)
+            assert stream.failure is not None
+            assert (stream.failure.code, stream.failure.error_code) == (
+                grpc.StatusCode.UNAVAILABLE,
+                "engine_unreachable",
+            )
+            assert "engine 0 at 127.0.0.1:9, which the coordinator reaches, cannot be" in caplog.text
+            await fleet.wait_for(lambda: not fleet.coordinator.fleet.has_work)  # type: ignore[union-attr]
+            await router.close()
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("lost_after_s", [0.0, 1.0])
+def test_without_a_coordinator_for_long_what_does_not_run_fails(
+    lost_after_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what is lost only then; what runs goes on until it is."""
+    monkeypatch.setattr(fleet_router, "AWAY_S", 0.5)
+
+    async def check() -> None:
+        async with (
+            running_fleet(config()) as fleet,
+            apart_gateway(fleet.launcher.address) as (client, router),
+        ):
+            tasks = [asyncio.create_task(generate(client, [index + 1], 1000)) for index in range(4)]
+            await asyncio.sleep(0.3)
+            await router.line.close()
+            await asyncio.sleep(lost_after_s)
+            assert not any(task.done() for task in tasks)
+            fleet.launcher.tasks[0].cancel()
+            async with asyncio.timeout(5.0):
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert {error_code(result) for result in results} == {"coordinator_away"}  # type: ignore[arg-type]
+            router.line.start()
+            await fleet.wait_for(lambda: router.num_ready)
+            assert await generate(client, [5], 2) == expected([5], 2)
+
+    asyncio.run(check())
+
+
+def test_a_gateway_that_is_not_drained_in_time_tells_its_clients() -> None:
+    async def check() -> None:
+        async with running_fleet(config()) as fleet:
+            async with apart_gateway(fleet.launcher.address) as (client, _):
+                task = asyncio.create_task(generate(client, [1, 2, 3], 2000))
+                await asyncio.sleep(0.3)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await task
+            assert error_code(caught.value) == "draining"
+
+    asyncio.run(check())
+
+
+def test_a_coordinator_that_drains_waits_for_other_gateways_and_takes_nothing_new() -> None:
+    """Its engines end with it."""
+
+    async def check() -> None:
+        async with (
+            running_fleet(config()) as fleet,
+            apart_gateway(fleet.launcher.address) as (client, _),
+        ):
+            task = asyncio.create_task(generate(client, [1, 2, 3], 150))
+            await fleet.wait_for(lambda: fleet.coordinator.fleet.has_work)  # type: ignore[union-attr]
+            draining = asyncio.create_task(fleet.coordinator.drain_gateways())
+            await asyncio.sleep(0.2)
+            assert not draining.done()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await generate(client, [5], 2)
+            assert error_code(caught.value) == "draining"
+            assert await task == expected([1, 2, 3], 150)
+            async with asyncio.timeout(2.0):
+                await draining
 
     asyncio.run(check())
 

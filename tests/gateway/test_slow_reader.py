@@ -26,6 +26,8 @@ def test_tokens_that_nobody_takes_end_the_request_at_the_bound() -> None:
         def abort(self, handle: int) -> None:
             self.aborted.append(handle)
 
+        def abandon(self, handle: int) -> None: ...
+
         def take_back(self, handle: int) -> None: ...
 
     class Owner:

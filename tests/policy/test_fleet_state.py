@@ -13,6 +13,7 @@ from chiron_engine.policy.fleet.fleet_view import Decision, FleetView, PoolTarge
 from chiron_engine.policy.fleet.messages import (
     Drain,
     FleetResized,
+    Forget,
     InstanceExited,
     InstanceReady,
     Launch,
@@ -279,6 +280,32 @@ def test_late_news_changes_nothing() -> None:
         assert driver.send(event) == []
     driver.report(0)
     driver.check_places()
+
+
+def test_the_end_of_a_request_is_told_after_that_of_its_instance() -> None:
+    driver, _ = scripted(1, (0, 1, 0))
+    driver.arrive(interactive(0, 0.0))
+    driver.arrive(batch(1, 0.0, 1e6))
+    driver.lose(driver.on[0], {0: 17, 1: 17})
+    dispatcher = driver.fleet.dispatcher
+    assert 0 in dispatcher.held and dispatcher.tracked[1].is_queued
+    for request_id in (0, 1):
+        driver.ended[request_id] = 1
+        driver.send(RequestFinished(request_id, 20))
+    driver.check_places()
+    assert not driver.fleet.has_work
+    driver.run_ticks(50)
+    assert driver.on == {}
+
+
+def test_a_request_that_ends_while_it_is_queued_leaves_no_kv_behind() -> None:
+    driver, _ = scripted(1, (0, 1, 0))
+    driver.arrive(batch(1, 0.0, 1e6))
+    instance = driver.on[1]
+    assert driver.evict(1) == [] and driver.saved == {1: instance}
+    driver.ended[1] = 1
+    assert driver.send(RequestFinished(1, 20))[0] == Forget(1, instance)
+    assert driver.saved == {}
 
 
 def test_gauges() -> None:

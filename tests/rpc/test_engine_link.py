@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 
 from chiron_engine.rpc.engine_link import EngineLink
+from chiron_engine.rpc.errors import unavailable
 from chiron_engine.rpc.port import bind
 from chiron_engine.rpc.server import create_server
 from chiron_engine.rpc.token_stream import TokenStream
@@ -31,6 +32,24 @@ class OneToken(engine_pb2_grpc.EngineServicer):
             for submit in command.submits:
                 ended = engine_pb2.Finished(handle=submit.handle, reason=types_pb2.FINISH_REASON_LENGTH)
                 output = engine_pb2.StepOutput(handles=[submit.handle], token_ids=[7], finished=[ended])
+                await context.write(engine_pb2.EngineEvent(output=output))
+
+
+class Endless(OneToken):
+    """Yields tokens until it is told to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aborted: list[int] = []
+
+    async def Connect(
+        self, commands: AsyncIterator[engine_pb2.EngineCommand], context: grpc.aio.ServicerContext
+    ) -> None:
+        await context.write(engine_pb2.EngineEvent(hello=engine_pb2.Hello(boot_id="right")))
+        async for command in commands:
+            self.aborted += command.aborts
+            for submit in command.submits:
+                output = engine_pb2.StepOutput(handles=[submit.handle] * 3, token_ids=[7] * 3)
                 await context.write(engine_pb2.EngineEvent(output=output))
 
 
@@ -82,6 +101,56 @@ def test_a_link_outlives_the_failures_of_those_it_tells() -> None:
                 await until(lambda count=count: owner.ends == count)
                 await until(lambda: engine.connections == 2)
             assert list(stream.tokens) == [7]
+
+    asyncio.run(check())
+
+
+class CountingOwner:
+    def __init__(self) -> None:
+        self.paused_ones: list[TokenStream] = []
+        self.ended_ones: list[TokenStream] = []
+
+    def paused(self, stream: TokenStream) -> None:
+        self.paused_ones.append(stream)
+        if len(self.paused_ones) == 1:
+            raise KeyError("a bug")
+
+    def ended(self, stream: TokenStream) -> None:
+        self.ended_ones.append(stream)
+
+
+def stream_of(owner: CountingOwner) -> TokenStream:
+    return TokenStream([1], types_pb2.SamplingParams(), types_pb2.Slo(), "r", owner)
+
+
+def test_a_stream_that_fails_is_ended_at_its_engine() -> None:
+    async def check() -> None:
+        engine, owner = Endless(), CountingOwner()
+        async with linked(engine, "right") as link:
+            await until(lambda: link.is_connected)
+            stream = stream_of(owner)
+            link.run(stream)
+            await until(lambda: stream.output_tokens == 3)
+            stream.fail(unavailable("no more", "draining"))
+            await until(lambda: engine.aborted == [1])
+            assert not stream.is_running
+        assert (owner.paused_ones, owner.ended_ones) == ([], [stream])
+
+    asyncio.run(check())
+
+
+def test_a_link_closes_and_tells_all_though_one_cannot_be_told() -> None:
+    async def check() -> None:
+        owner = CountingOwner()
+        async with linked(Endless(), "right") as link:
+            await until(lambda: link.is_connected)
+            streams = [stream_of(owner) for _ in range(3)]
+            for stream in streams:
+                link.run(stream)
+            async with asyncio.timeout(5):
+                await link.close()
+            assert not link.is_connected
+        assert owner.paused_ones == streams
 
     asyncio.run(check())
 

@@ -91,9 +91,11 @@ class Dispatcher:
         self._serve_interactive(tracked, now, out)
 
     def finish(self, request_id: int, output_tokens: int, now: float, out: Effects) -> None:
+        """Also of one that waits for a place again: its engine was lost before its end was told."""
         tracked = self.tracked.get(request_id)
-        if tracked is None or tracked.instance is None:
+        if tracked is None:
             return
+        self._drop_saved(tracked, out)
         request = tracked.request
         self.outputs[request.slo.slo_class].observe(output_tokens)
         if request.slo.slo_class is SloClass.BATCH:
@@ -104,8 +106,7 @@ class Dispatcher:
         tracked = self.tracked.get(request_id)
         if tracked is None:
             return
-        if tracked.is_queued and tracked.request.home is not None:
-            out.append(Forget(request_id, tracked.request.home))
+        self._drop_saved(tracked, out)
         self._leave(tracked, now, out)
 
     def evicted(self, request_id: int, produced: int, saved: int, now: float, out: Effects) -> None:
@@ -361,6 +362,12 @@ class Dispatcher:
             return
         instance.remove_interactive(tracked)
         self._router.refresh(instance)
+
+    @staticmethod
+    def _drop_saved(tracked: Tracked, out: Effects) -> None:
+        """A queued request ends: whoever keeps KV of it may let go."""
+        if tracked.is_queued and tracked.request.home is not None:
+            out.append(Forget(tracked.request.request_id, tracked.request.home))
 
     def _leave(self, tracked: Tracked, now: float, out: Effects) -> None:
         """The request ended; what it leaves free is given to others."""
