@@ -48,6 +48,7 @@ setup(
         "grpcio-reflection>=1.71",
         "protobuf>=5.26",
         "jinja2>=3.1",
+        "llguidance>=1.9",
         "rich>=13",
         "matplotlib>=3.8",
         "prometheus-client>=0.20",

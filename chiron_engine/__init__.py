@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chiron_engine.policy.iteration.request import SamplingParams as SamplingParams
+    from chiron_engine.policy.iteration.sampling_params import SamplingParams as SamplingParams
     from chiron_engine.serving.llm import LLM as LLM
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "SamplingParams":
-        from chiron_engine.policy.iteration.request import SamplingParams
+        from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

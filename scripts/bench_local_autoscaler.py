@@ -35,7 +35,8 @@ from chiron_engine.policy.iteration.local_autoscaler import (
     LocalAutoscaler,
     make_local_autoscaler,
 )
-from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo
+from chiron_engine.policy.iteration.request import Request, Slo
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.policy.iteration.step_stats import StepStats
 from chiron_engine.sim.profile import Profile
 from chiron_engine.sim.profiles import load_profile, profile_names

@@ -33,7 +33,8 @@ from chiron_engine.policy.fleet.messages import (
     RequestFinished,
     Route,
 )
-from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo
+from chiron_engine.policy.iteration.request import Request, Slo
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.policy.iteration.step_costs import StepCosts
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 100, 200

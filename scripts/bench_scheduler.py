@@ -20,7 +20,7 @@ from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.core.null_executor import NullExecutor
 from chiron_engine.core.requests import build_request
 from chiron_engine.core.step_stats import StepStats, percentile
-from chiron_engine.policy.iteration.request import SamplingParams
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
 BLOCK_SIZE = 16
 VOCAB = 32_000

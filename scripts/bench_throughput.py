@@ -21,7 +21,8 @@ from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.core.step_stats import StepStats, percentile
-from chiron_engine.policy.iteration.request import Request, SamplingParams
+from chiron_engine.policy.iteration.request import Request
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.runtime.torch_environment import prepare_environment
 
 if TYPE_CHECKING:

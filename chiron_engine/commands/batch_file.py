@@ -39,11 +39,18 @@ def _is_list_of(value: object, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(holds, value))
 
 
+def _is_biases(value: object) -> bool:
+    """JSON's keys are strings."""
+    return isinstance(value, dict) and all(key.isdecimal() and _is_number(value[key]) for key in value)
+
+
 NUMBER = Kind("a number", _is_number)
 INTEGER = Kind("a whole number", _is_integer)
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 INTEGERS = Kind("a list of whole numbers", lambda value: _is_list_of(value, _is_integer))
+
+BIASES = Kind("an object of token ids and numbers", _is_biases)
 
 SAMPLING_FIELDS = {
     "temperature": NUMBER,
@@ -53,6 +60,12 @@ SAMPLING_FIELDS = {
     "max_tokens": INTEGER,
     "stop_token_ids": INTEGERS,
     "ignore_eos": FLAG,
+    "min_p": NUMBER,
+    "min_tokens": INTEGER,
+    "repetition_penalty": NUMBER,
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
+    "logit_bias": BIASES,
 }
 SLO_FIELDS = {"ttft_slo_ms": NUMBER, "itl_slo_ms": NUMBER, "deadline_s": NUMBER}
 PROMPT_FIELDS = ("prompt", "messages", "token_ids")
@@ -114,7 +127,7 @@ def _request(body: dict[str, Any]) -> inference_pb2.GenerateRequest:
         if name in body and body.pop(name) != value:
             raise BatchFileError(f"{name} must be {json.dumps(value)}")
     request = inference_pb2.GenerateRequest(
-        sampling=types_pb2.SamplingParams(**_taken(body, SAMPLING_FIELDS)),
+        sampling=_sampling(body),
         slo=types_pb2.Slo(slo_class=types_pb2.SLO_CLASS_BATCH, **_taken(body, SLO_FIELDS)),
         stop=_stops(body.pop("stop", None)),
         model=_checked("model", body.pop("model", ""), TEXT),
@@ -126,6 +139,13 @@ def _request(body: dict[str, Any]) -> inference_pb2.GenerateRequest:
             f"has the unknown field {_shown(next(iter(body)))}; known are {', '.join(known)}"
         )
     return request
+
+
+def _sampling(body: dict[str, Any]) -> types_pb2.SamplingParams:
+    fields = _taken(body, SAMPLING_FIELDS)
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    return types_pb2.SamplingParams(**fields)
 
 
 def _set_prompt(request: inference_pb2.GenerateRequest, body: dict[str, Any]) -> None:

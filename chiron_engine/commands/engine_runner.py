@@ -75,7 +75,7 @@ class EngineRunner:
         with load_errors():
             self._loaded = loaded = self._load_model(report)
         description = EngineDescription(loaded.name, loaded.architecture, loaded.dtype, loaded.eos_token_ids)
-        return LoadedEngine(loaded.core, description, loaded.costs)
+        return LoadedEngine(loaded.core, description, loaded.costs, loaded.compile_guide)
 
     def _load_model(self, report: Progress) -> LoadedModel:
         if self._config.executor == "simulated":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from chiron_engine.policy.iteration.request import SamplingParams
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.serving.llm import LLM
 
 

@@ -83,15 +83,7 @@ class RemoteGenerator:
     def _request(self, prompt: str) -> inference_pb2.GenerateRequest:
         options = self._options
         request = inference_pb2.GenerateRequest(
-            sampling=client.sampling(
-                temperature=options.temperature,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                seed=options.seed,
-                max_tokens=options.max_tokens,
-                stop_token_ids=options.stop_token_ids,
-                ignore_eos=options.ignore_eos,
-            ),
+            sampling=client.sampling(**options.sampling_fields()),
             slo=types_pb2.Slo(
                 slo_class=SLO_CLASSES[options.slo_class],
                 ttft_slo_ms=options.ttft_slo_ms,
@@ -123,4 +115,13 @@ def _output_fields(chunks: list[inference_pb2.GenerateChunk]) -> dict[str, objec
             "preemptions": last.timing.preemptions,
             "cached_tokens": last.usage.cached_tokens,
         },
+        "logprobs": [_logprobs(one) for chunk in chunks for one in chunk.logprobs] or None,
+    }
+
+
+def _logprobs(message: types_pb2.TokenLogprobs) -> dict[str, object]:
+    return {
+        "logprob": message.logprob,
+        "top_ids": list(message.top_ids),
+        "top_logprobs": list(message.top_logprobs),
     }

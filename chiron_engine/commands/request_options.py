@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from chiron_engine.policy.iteration.request import SamplingParams
+import typer
+
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
 from .option_tables import TableOption, choice
 
@@ -25,26 +29,55 @@ class RequestOptions:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    logprobs: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
     slo_class: str | None = None
     ttft_slo_ms: float | None = None
     itl_slo_ms: float | None = None
     timeout: float | None = None
 
+    def sampling_fields(self) -> dict[str, Any]:
+        """What was given, by the names of SamplingParams."""
+        names = [field.name for field in dataclasses.fields(SamplingParams)]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def sampling_params(self) -> SamplingParams:
         """Raises ValueError for a value outside its range."""
-        given = {
-            name: getattr(self, name)
-            for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")
-            if getattr(self, name) is not None
-        }
-        return SamplingParams(**given, stop_token_ids=self.stop_token_ids, ignore_eos=self.ignore_eos)
+        return SamplingParams(**self.sampling_fields())
 
 
 def request_options(sampling: Mapping[str, Any], remote: Mapping[str, Any]) -> RequestOptions:
     values = {**sampling, **remote}
     for name in ("stop", "stop_token_ids"):
         values[name] = tuple(values[name] or ())
+    values["logit_bias"] = dict(values["logit_bias"] or ()) or None
     return RequestOptions(**values)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not of the form ID=BIAS, as 15=-100") from None
+
+
+def _text(value: str) -> str:
+    """`@FILE` stands for what is in the file."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {value[1:]}: {error}") from None
 
 
 def _entry(flag: str, kind: Any, help_text: str, **details: Any) -> tuple[str, TableOption]:
@@ -58,6 +91,22 @@ SAMPLING_OPTIONS = dict(
         _entry("--temperature", float | None, "0 is greedy (1)."),
         _entry("--top-k", int | None, "Keep the k likeliest tokens (all)."),
         _entry("--top-p", float | None, "Keep the likeliest tokens of this mass (1)."),
+        _entry("--min-p", float | None, "Keep tokens of this share of the largest probability (all)."),
+        _entry("--min-tokens", int | None, "Output tokens before which nothing ends it (0)."),
+        _entry("--repetition-penalty", float | None, "Over 1: fewer tokens of prompt and output again (1)."),
+        _entry("--presence-penalty", float | None, "Over 0: fewer tokens of the output again (0)."),
+        _entry("--frequency-penalty", float | None, "The same, for each time a token was there (0)."),
+        _entry(
+            "--logit-bias",
+            list[str] | None,
+            "Add to the logit of a token; may be repeated.",
+            parser=_bias,
+            metavar="ID=BIAS",
+        ),
+        _entry("--logprobs", int | None, "With --json: of each token, and of so many of the likeliest."),
+        _entry("--json-schema", str | None, "The output is JSON of this schema, or @FILE.", parser=_text),
+        _entry("--regex", str | None, "The output is what this matches.", parser=_text),
+        _entry("--grammar", str | None, "The output is of this grammar, in Lark's notation.", parser=_text),
         _entry("--seed", int | None, "Seed of each request (drawn)."),
         _entry("--stop", list[str] | None, "End before this string; may be repeated."),
         _entry("--stop-token-ids", list[int] | None, "End after this token; may be repeated."),

@@ -13,7 +13,7 @@ class ExecutorShape:
     """The fixed capacity of an executor; limits move below it.
 
     max_slots: requests that can run at once. max_step_tokens: tokens in one step.
-    max_model_len: tokens (prompt and output) one request may hold.
+    max_model_len: tokens (prompt and output) one request may hold. has_logits: it computes a model.
     """
 
     block_size: int
@@ -24,6 +24,7 @@ class ExecutorShape:
     max_model_len: int
     vocab_size: int
     pipeline_depth: int = 1
+    has_logits: bool = False
 
 
 class StepHandle(Protocol):

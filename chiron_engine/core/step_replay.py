@@ -18,7 +18,8 @@ from chiron_engine.core.step_stats import StepStats
 from chiron_engine.policy.iteration.autoscaler_inputs import ItlTargets
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.plan import StepOutput, StepPlan, StepResult
-from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo, SloClass
+from chiron_engine.policy.iteration.request import Request, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
 Fields = Mapping[str, Any]
 NOT_DECIDED = ("op", "now")

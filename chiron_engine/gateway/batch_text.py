@@ -21,7 +21,7 @@ class BatchText:
         has none."""
         if not request.stop:
             return None
-        output = OutputText(self._text.detokenizer(), request.stop)
+        output = OutputText(self._text.detokenizer(), request.stop, request.sampling.min_tokens)
 
         def is_stopped(tokens: Sequence[int]) -> bool:
             output.feed_all(tokens, False)
@@ -36,7 +36,7 @@ class BatchText:
         finished: engine_pb2.Finished,
     ) -> inference_pb2.GenerateChunk:
         """The whole output in one chunk, with finish reason and usage."""
-        output = OutputText(self._text.detokenizer(), request.stop)
+        output = OutputText(self._text.detokenizer(), request.stop, request.sampling.min_tokens)
         text, taken = output.feed_all(tokens, finished.reason == types_pb2.FINISH_REASON_STOP)
         text += "" if output.is_stopped else output.finish()
         prompt_tokens = len(request.token_ids.ids)

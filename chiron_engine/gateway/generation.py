@@ -1,4 +1,4 @@
-"""One request of a client: from its tokens to the chunks that are read."""
+"""One output for a client: from its tokens to the chunks that are read."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ import asyncio
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import grpc
-import grpc.aio
+from dataclasses import dataclass, replace
 
 from chiron_engine.rpc.errors import exhausted
-from chiron_engine.rpc.raw_handlers import send_headers
 from chiron_engine.rpc.token_stream import TokenStream
 from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, types_pb2
 
+from .chunk_writer import ChunkWriter
 from .engine_router import EngineRouter
 from .output_text import OutputText
 from .text import ModelText
-from .write_guard import WriteGuard
 
-# A client that takes no byte for this long has its request aborted.
-WRITE_TIMEOUT_S = 60.0
 # How long to wait for the engine's last word on a request that a stop string ended.
 STOP_REPORT_TIMEOUT_S = 2.0
 
@@ -36,40 +30,42 @@ class Prompt:
     slo: types_pb2.Slo
     stops: list[str]
 
+    def choice(self, index: int) -> Prompt:
+        """For output `index` of several: draws of its own."""
+        sampling = types_pb2.SamplingParams()
+        sampling.CopyFrom(self.sampling)
+        sampling.seed = (sampling.seed + index) % (1 << 64)
+        return replace(self, sampling=sampling)
+
 
 class Generation:
     """Submits on construction; `run` streams to the client; `abort` may come at any time."""
 
     def __init__(
-        self, prompt: Prompt, request_id: str, received: float, text: ModelText, router: EngineRouter
+        self,
+        prompt: Prompt,
+        request_id: str,
+        received: float,
+        text: ModelText,
+        router: EngineRouter,
+        index: int = 0,
     ) -> None:
-        """received: when the request came in, on `time.monotonic`."""
+        """received: when the request came in, on `time.monotonic`. index: which of its outputs."""
         self._request_id = request_id
+        self._index = index
         self._received = received
         self._prompt_tokens = len(prompt.token_ids)
         self._completion_tokens = 0
-        self._text = OutputText(text.detokenizer(), prompt.stops)
+        self._text = OutputText(text.detokenizer(), prompt.stops, prompt.sampling.min_tokens)
         self._stream = TokenStream(prompt.token_ids, prompt.sampling, prompt.slo, request_id, router)
-        self._has_sent_headers = False
-        self._writes = WriteGuard(WRITE_TIMEOUT_S)
         router.submit(self._stream, received)
 
     def abort(self) -> None:
         """End the request, if it has not ended."""
         self._stream.abort()
 
-    async def run(self, context: grpc.aio.ServicerContext, on_first_token: Callable[[], None]) -> None:
-        """Stream every chunk; waits while the client does not read, but not for ever. Raises RpcFailure."""
-        try:
-            async with self._writes:
-                await self._stream_chunks(context, on_first_token)
-        except TimeoutError:
-            message = f"the client read nothing for {WRITE_TIMEOUT_S:.0f} s; the request was ended"
-            raise exhausted(message, "slow_reader", None) from None
-
-    async def _stream_chunks(
-        self, context: grpc.aio.ServicerContext, on_first_token: Callable[[], None]
-    ) -> None:
+    async def run(self, writer: ChunkWriter, on_first_token: Callable[[], None]) -> None:
+        """Stream every chunk; waits while the client does not read. Raises RpcFailure."""
         stream = self._stream
         while True:
             tokens = await stream.next()
@@ -79,55 +75,56 @@ class Generation:
                 raise exhausted("the output is read too slowly; the request was ended", "slow_reader", None)
             chunk = self._chunk(tokens, stream)
             if self._text.is_stopped:
-                await self._end_at_stop_string(chunk, context)
+                await self._end_at_stop_string(chunk, writer)
                 return
             if stream.has_ended:
-                await self._end(chunk, context)
+                await self._end(chunk, writer)
                 return
             if chunk.token_ids:
-                await self._write(context, chunk)
+                await writer.write(chunk)
 
     def _chunk(self, tokens: array[int], stream: TokenStream) -> inference_pb2.GenerateChunk:
         """Tokens up to a stop string."""
         finished = stream.finished
         ends_with_stop_token = finished is not None and finished.reason == types_pb2.FINISH_REASON_STOP
         text, taken = self._text.feed_all(tokens, ends_with_stop_token)
-        self._completion_tokens += taken
-        return inference_pb2.GenerateChunk(request_id=self._request_id, text=text, token_ids=tokens[:taken])
+        before, self._completion_tokens = self._completion_tokens, self._completion_tokens + taken
+        return inference_pb2.GenerateChunk(
+            request_id=self._request_id,
+            text=text,
+            token_ids=tokens[:taken],
+            logprobs=stream.logprobs[before : self._completion_tokens],
+            index=self._index,
+        )
 
-    async def _end_at_stop_string(
-        self, chunk: inference_pb2.GenerateChunk, context: grpc.aio.ServicerContext
-    ) -> None:
+    async def _end_at_stop_string(self, chunk: inference_pb2.GenerateChunk, writer: ChunkWriter) -> None:
         """The text goes out at once; the last chunk waits for the engine's counters, a step away."""
         self._stream.abort()
         if chunk.text or chunk.token_ids:
-            await self._write(context, chunk)
+            await writer.write(chunk)
         try:
             async with asyncio.timeout(STOP_REPORT_TIMEOUT_S):
                 await self._stream.wait_ended()
         except TimeoutError:
             pass  # the counters of the last chunk stay 0
-        last = inference_pb2.GenerateChunk(request_id=self._request_id)
-        await self._write_last(last, types_pb2.FINISH_REASON_STOP, context)
+        last = inference_pb2.GenerateChunk(request_id=self._request_id, index=self._index)
+        await self._write_last(last, types_pb2.FINISH_REASON_STOP, writer)
 
-    async def _end(self, chunk: inference_pb2.GenerateChunk, context: grpc.aio.ServicerContext) -> None:
+    async def _end(self, chunk: inference_pb2.GenerateChunk, writer: ChunkWriter) -> None:
         """The stream has ended, well or badly. What came before a failure is still delivered."""
         failure = self._stream.failure
         if failure is not None:
             if chunk.token_ids:
-                await self._write(context, chunk)
+                await writer.write(chunk)
             raise failure
         finished = self._stream.finished
         assert finished is not None  # one of the two is set
         chunk.text += self._text.finish()
         reason = types_pb2.FINISH_REASON_STOP if self._text.is_stopped else finished.reason
-        await self._write_last(chunk, reason, context)
+        await self._write_last(chunk, reason, writer)
 
     async def _write_last(
-        self,
-        chunk: inference_pb2.GenerateChunk,
-        reason: types_pb2.FinishReason,
-        context: grpc.aio.ServicerContext,
+        self, chunk: inference_pb2.GenerateChunk, reason: types_pb2.FinishReason, writer: ChunkWriter
     ) -> None:
         finished = self._stream.finished or engine_pb2.Finished()
         chunk.finish_reason = reason
@@ -136,15 +133,7 @@ class Generation:
         # One that went on at another engine brought its output there as prompt.
         chunk.usage.cached_tokens = min(finished.cached_tokens, self._prompt_tokens)
         chunk.timing.CopyFrom(self._timing(finished))
-        await self._write(context, chunk)
-
-    async def _write(self, context: grpc.aio.ServicerContext, chunk: inference_pb2.GenerateChunk) -> None:
-        if not self._has_sent_headers:
-            await send_headers(context)
-            self._has_sent_headers = True
-        self._writes.began()
-        await context.write(chunk)
-        self._writes.ended()
+        await writer.write(chunk)
 
     def _timing(self, finished: engine_pb2.Finished) -> inference_pb2.Timing:
         times = self._stream.times

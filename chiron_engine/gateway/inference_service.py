@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import grpc
@@ -18,6 +18,7 @@ from chiron_engine.rpc.errors import RpcFailure, exhausted, invalid_argument, un
 from chiron_engine.rpc.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
 
 from . import limits
+from .chunk_writer import ChunkWriter
 from .engine_router import EngineRouter
 from .generation import Generation, Prompt
 from .text import ModelText, TextError
@@ -26,6 +27,8 @@ from .text import ModelText, TextError
 # to another thread.
 SHORT_TEXT_CHARS = 2048
 TEXT_THREADS = 2
+# A client that takes no byte for this long has its request aborted.
+WRITE_TIMEOUT_S = 60.0
 
 T = TypeVar("T")
 
@@ -36,14 +39,14 @@ class LiveRequest:
 
     request_id: str
     received: float
-    generation: Generation | None = None
+    generations: list[Generation] = field(default_factory=list)
     is_aborted: bool = False
     waits: bool = True  # for its first token
 
     def abort(self) -> None:
         self.is_aborted = True
-        if self.generation is not None:
-            self.generation.abort()
+        for generation in self.generations:
+            generation.abort()
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -155,6 +158,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def resolve(self, request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
         """A request to be run later: checked as `Generate` does, with token ids in place of text, and
         with seed and max_tokens. Raises RpcFailure."""
+        if request.sampling.HasField("logprobs"):
+            raise invalid_argument("logprobs are not kept for batches; leave them out")
+        if request.n > 1:
+            raise invalid_argument(f"n is {request.n}; a line of a batch has one output")
         prompt = await self._check(request)
         resolved = inference_pb2.GenerateRequest(
             token_ids=inference_pb2.TokenIds(ids=prompt.token_ids),
@@ -188,8 +195,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def _release(self, live: LiveRequest) -> None:
         self._stop_waiting(live)
         del self._live[live.request_id]
-        if live.generation is not None:
-            live.generation.abort()
+        for generation in live.generations:
+            generation.abort()
         if not self._live:
             self._empty.set()
 
@@ -202,10 +209,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, live: LiveRequest, context: grpc.aio.ServicerContext
     ) -> None:
         prompt = await self._check(request)
-        live.generation = Generation(prompt, live.request_id, live.received, self._text, self._router)
+        for index in range(max(1, request.n)):
+            choice = prompt.choice(index) if index else prompt
+            live.generations.append(
+                Generation(choice, live.request_id, live.received, self._text, self._router, index)
+            )
         if live.is_aborted:
-            live.generation.abort()
-        await live.generation.run(context, lambda: self._stop_waiting(live))
+            live.abort()
+        async with ChunkWriter(context, WRITE_TIMEOUT_S) as writer:
+            await _run_all(live.generations, writer, lambda: self._stop_waiting(live))
 
     async def _check(self, request: inference_pb2.GenerateRequest) -> Prompt:
         """Everything that can be wrong with a request, before an engine sees it."""
@@ -220,9 +232,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if stops and not self._text.has_tokenizer:
             raise invalid_argument("stop holds text and this server has no tokenizer; use stop_token_ids")
         sampling = limits.check_sampling(request.sampling, hello.vocab_size)
+        limits.check_choices(request.n, sampling)
         limits.check_slo(request.slo)
         ids = await self._prompt_ids(request, hello)
-        limits.check_length(len(ids), sampling.max_tokens, hello.max_model_len)
+        limits.check_length(len(ids), sampling, hello.max_model_len)
         if not request.sampling.HasField("seed"):
             # Here and not in an engine: should the request go on at another one, it draws as before.
             request.sampling.seed = self._seeds.getrandbits(64)
@@ -273,3 +286,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if hello is None:
             raise unavailable("no engine is ready yet; the model may still be loading", "model_loading")
         return hello
+
+
+async def _run_all(
+    generations: Sequence[Generation], writer: ChunkWriter, on_first_token: Callable[[], None]
+) -> None:
+    """Raises the RpcFailure of one where one fails: the others are aborted, and end before. None is
+    cancelled, as gRPC takes no status while a write is under way."""
+    if len(generations) == 1:
+        await generations[0].run(writer, on_first_token)
+        return
+    running = {asyncio.create_task(one.run(writer, on_first_token)) for one in generations}
+    try:
+        await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
+        for generation in generations:
+            generation.abort()  # without effect where all have ended
+        await asyncio.wait(running)
+    finally:  # the client is gone, or reads nothing
+        for task in running:
+            task.cancel()
+    for task in running:
+        task.result()

@@ -10,7 +10,7 @@ import re
 import uuid
 from collections.abc import Sequence
 
-from chiron_engine.policy.iteration.request import SamplingParams
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.rpc.errors import RpcFailure, invalid_argument
 from chiron_engine.rpc.v1 import inference_pb2, types_pb2
 from chiron_engine.rpc.wire import sampling_fields, slo_fields
@@ -18,6 +18,7 @@ from chiron_engine.rpc.wire import sampling_fields, slo_fields
 MAX_STOPS = 4
 MAX_STOP_BYTES = 256
 MAX_MESSAGES = 2048
+MAX_CHOICES = 16
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 REQUEST_ID_RULE = "it must be 1 to 128 letters, digits or any of _ . : -"
 
@@ -53,13 +54,21 @@ def check_messages(chat: inference_pb2.ChatMessages) -> list[dict[str, str]]:
 
 
 def check_sampling(message: types_pb2.SamplingParams, vocab_size: int) -> SamplingParams:
-    for token_id in message.stop_token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise invalid_argument(f"stop_token_ids has {token_id}; {_vocabulary_rule(vocab_size)}")
+    for name, token_ids in (("stop_token_ids", message.stop_token_ids), ("logit_bias", message.logit_bias)):
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise invalid_argument(f"{name} has {token_id}; {_vocabulary_rule(vocab_size)}")
     try:
         return SamplingParams(**sampling_fields(message))
     except ValueError as error:
         raise invalid_argument(str(error)) from None
+
+
+def check_choices(n: int, sampling: SamplingParams) -> None:
+    if n > MAX_CHOICES:
+        raise invalid_argument(f"n is {n}; it must be between 1 and {MAX_CHOICES}")
+    if n > 1 and sampling.temperature == 0.0:
+        raise invalid_argument(f"n is {n} and temperature 0: all outputs would be the same; ask for one")
 
 
 def check_slo(message: types_pb2.Slo) -> None:
@@ -77,15 +86,17 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, name: str = "toke
     return ids
 
 
-def check_length(prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
-    """A prompt must leave room for one token, or for all of `max_tokens` where it is given."""
+def check_length(prompt_tokens: int, sampling: SamplingParams, max_model_len: int) -> None:
+    """A prompt must leave room for one token, or for all of max_tokens or min_tokens where given."""
     if prompt_tokens == 0:
         raise invalid_argument("the prompt is empty; it must hold at least one token")
     if prompt_tokens >= max_model_len:
         raise over_context(f"the prompt has {prompt_tokens} tokens", max_model_len)
-    if max_tokens is not None and prompt_tokens + max_tokens > max_model_len:
-        what = f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}"
-        raise over_context(what, max_model_len)
+    for name in ("max_tokens", "min_tokens"):
+        asked = getattr(sampling, name) or 0
+        if prompt_tokens + asked > max_model_len:
+            what = f"the prompt has {prompt_tokens} tokens and {name} is {asked}"
+            raise over_context(what, max_model_len)
 
 
 def over_context(what: str, max_model_len: int) -> RpcFailure:

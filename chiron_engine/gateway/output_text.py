@@ -9,9 +9,11 @@ from .stop_strings import StopStrings
 
 
 class OutputText:
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str], min_tokens: int = 0) -> None:
+        """min_tokens: stop strings are looked for only in the text after so many."""
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
+        self._free = min_tokens
 
     @property
     def is_stopped(self) -> bool:
@@ -19,7 +21,11 @@ class OutputText:
         return self._stops.matched is not None
 
     def feed(self, token_id: int) -> str:
-        return self._stops.feed(self._detokenizer.feed(token_id))
+        text = self._detokenizer.feed(token_id)
+        if self._free > 0:
+            self._free -= 1
+            return text
+        return self._stops.feed(text)
 
     def feed_all(self, tokens: Sequence[int], ends_with_stop_token: bool) -> tuple[str, int]:
         """The text of these tokens up to a stop string, and how many it took. The token with which an

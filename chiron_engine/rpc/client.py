@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -218,6 +218,16 @@ def sampling(
     max_tokens: int | None = None,
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
+    min_p: float | None = None,
+    min_tokens: int | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    logprobs: int | None = None,
+    json_schema: str | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
 ) -> types_pb2.SamplingParams:
     """A wire SamplingParams in which None leaves a field to its default."""
     return types_pb2.SamplingParams(
@@ -228,4 +238,14 @@ def sampling(
         max_tokens=max_tokens,
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
+        min_p=min_p,
+        min_tokens=min_tokens,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
+        logprobs=logprobs,
+        json_schema=json_schema,
+        regex=regex,
+        grammar=grammar,
     )

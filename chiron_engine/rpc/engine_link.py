@@ -191,10 +191,13 @@ class EngineLink:
     def _receive(self, output: engine_pb2.StepOutput) -> None:
         now = time.monotonic()
         streams = self._streams
-        for handle, token in zip(output.handles, output.token_ids, strict=True):
+        for place, (handle, token) in enumerate(zip(output.handles, output.token_ids, strict=True)):
             stream = streams.get(handle)
-            if stream is not None:
-                stream.push(token, now)
+            if stream is None:
+                continue
+            if stream.asks_logprobs and place in output.logprobs:
+                stream.logprobs.append(output.logprobs[place])
+            stream.push(token, now)
         for finished in output.finished:
             if (stream := self._streams.pop(finished.handle, None)) is not None:
                 _end(stream, finished)

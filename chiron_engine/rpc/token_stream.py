@@ -113,6 +113,9 @@ class TokenStream:
         self.request_id = request_id
         self.key = 0
         self.tokens = array("I", tokens)
+        self.asks_logprobs = sampling.HasField("logprobs")
+        self.logprobs: list[types_pb2.TokenLogprobs] = []
+        """Of each token, where they are asked for."""
         self.times = TokenTimes()
         self.finished: engine_pb2.Finished | None = None
         self.failure: RpcFailure | None = None
@@ -213,8 +216,10 @@ class TokenStream:
         )
         if self.tokens:
             submit.prompt_token_ids.extend(self.tokens)
+            submit.prior_outputs = len(self.tokens)
             if self.sampling.HasField("max_tokens"):
                 submit.sampling.max_tokens = self.sampling.max_tokens - len(self.tokens)
+            submit.sampling.min_tokens = max(0, self.sampling.min_tokens - len(self.tokens))
         return submit
 
     def finish_if_over(self, hello: engine_pb2.Hello) -> bool:

@@ -23,6 +23,16 @@ class SamplingFields(TypedDict):
     max_tokens: int | None
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
+    min_p: float
+    min_tokens: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
+    logprobs: int | None
+    json_schema: str | None
+    regex: str | None
+    grammar: str | None
 
 
 class SloFields(TypedDict):
@@ -47,6 +57,16 @@ def sampling_fields(message: types_pb2.SamplingParams) -> SamplingFields:
         "max_tokens": message.max_tokens if message.HasField("max_tokens") else None,
         "stop_token_ids": tuple(message.stop_token_ids),
         "ignore_eos": message.ignore_eos,
+        "min_p": message.min_p,
+        "min_tokens": message.min_tokens,
+        "repetition_penalty": message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        "presence_penalty": message.presence_penalty,
+        "frequency_penalty": message.frequency_penalty,
+        "logit_bias": dict(message.logit_bias),
+        "logprobs": message.logprobs if message.HasField("logprobs") else None,
+        "json_schema": message.json_schema if message.HasField("json_schema") else None,
+        "regex": message.regex if message.HasField("regex") else None,
+        "grammar": message.grammar if message.HasField("grammar") else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""Choose the next token of each row: greedy, temperature, top-k, top-p, in that order.
+"""Choose the next token of each row: greedy, temperature, min-p, top-k, top-p, in that order.
 
 A draw is a race: among items of weight w, each scores w / E with exponential noise E of its own, and the
 largest score wins, which happens in proportion to the weights. (In logarithms it is Gumbel-max:
@@ -7,7 +7,7 @@ weights, then among the tokens of the block that won; so noise is made for a few
 not for the vocabulary. It is a function of (seed, position, block or token id) alone. So a request that
 goes on in another batch or on another engine draws the same token at the same position, although
 rounding moves its logits a little: another one can win only where the two largest scores of a race, or a
-token and the cut of top-k or top-p, lie within that rounding.
+token and the cut of min-p, top-k or top-p, lie within that rounding.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chiron_engine.policy.iteration.request import SamplingParams
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
 from .sampling_noise import exponentials, item_keys, random_bits, signed
+from .uploads import upload_array
 
 # Below this a temperature is greedy: the second best token would need a logit equal to the best.
 MIN_TEMPERATURE = 1e-5
@@ -34,15 +35,17 @@ TOP_P_FIRST_TRY = 64
 @dataclass(slots=True)
 class SamplingRows:
     """Sampling parameters of the rows of one step that are not greedy, on the device, with what the
-    host must know to leave out work: `all_greedy`, `largest_top_k` (0: no row has one), `any_top_p`.
-    indices: which rows they are; None means all."""
+    host must know to leave out work: `all_greedy`, `any_min_p`, `largest_top_k` (0: no row has one),
+    `any_top_p`. indices: which rows they are; None means all."""
 
     temperature: Tensor
+    min_p: Tensor
     top_k: Tensor
     top_p: Tensor
     seeds: Tensor
     indices: Tensor | None
     all_greedy: bool
+    any_min_p: bool
     largest_top_k: int
     any_top_p: bool
 
@@ -53,6 +56,7 @@ class SamplingTable:
     def __init__(self, max_slots: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._temperature = np.zeros(max_slots, np.float32)
+        self._min_p = np.zeros(max_slots, np.float32)
         self._top_k = np.zeros(max_slots, np.int64)
         self._top_p = np.ones(max_slots, np.float64)
         self._seeds = np.zeros(max_slots, np.int64)
@@ -60,6 +64,7 @@ class SamplingTable:
     def set(self, slot: int, params: SamplingParams, seed: int) -> None:
         greedy = params.temperature < MIN_TEMPERATURE
         self._temperature[slot] = 0.0 if greedy else params.temperature
+        self._min_p[slot] = 0.0 if greedy else params.min_p
         keeps_all = greedy or params.top_k >= self._vocab_size
         self._top_k[slot] = 0 if keeps_all else params.top_k
         self._top_p[slot] = 1.0 if greedy else params.top_p
@@ -70,31 +75,22 @@ class SamplingTable:
         drawn = np.flatnonzero(self._temperature[slots])
         if not drawn.size:
             empty = torch.empty(0)
-            return SamplingRows(empty, empty, empty, empty, None, True, 0, False)
+            return SamplingRows(empty, empty, empty, empty, empty, None, True, False, 0, False)
         some = drawn.size < len(slots)
         slots = slots[drawn] if some else slots
-        top_k, top_p = self._top_k[slots], self._top_p[slots]
+        min_p, top_k, top_p = self._min_p[slots], self._top_k[slots], self._top_p[slots]
         return SamplingRows(
             upload_array(self._temperature[slots], device),
+            upload_array(min_p, device),
             upload_array(top_k, device),
             upload_array(top_p, device),
             upload_array(self._seeds[slots], device),
             upload_array(drawn, device) if some else None,
             False,
+            bool(min_p.any()),
             int(top_k.max()),
             bool((top_p < 1.0).any()),
         )
-
-
-def upload_array(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device. On CUDA it goes through pinned memory, so the host does not wait; the
-    allocator keeps the pinned memory until the copy is made."""
-    host = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return host.clone()
-    if not array.size:
-        return torch.empty(array.shape, dtype=host.dtype, device=device)
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +125,8 @@ def _best(logits: Tensor, value_only: bool) -> tuple[Tensor, Tensor]:
 def _draw(logits: Tensor, best: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     """A draw for every row; one without a logit above -inf gets an arbitrary token id."""
     weights = _weights(logits, best, rows.temperature)
+    if rows.any_min_p:
+        weights.masked_fill_(weights < (rows.min_p * WEIGHT_SCALE).unsqueeze(1), 0.0)
     if rows.largest_top_k:
         _keep_top_k(weights, logits, rows)
     if rows.any_top_p:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from chiron_engine.policy.iteration.plan import Grown, Joined, StepPlan
 
-from .sampler import SamplingTable, upload_array
-
-IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+from .guides import GuideTable
+from .logit_adjustments import AdjustmentTable
+from .sampler import SamplingTable
+from .token_logprobs import LogprobTable
+from .uploads import IntArray, upload_array
 
 
 class SlotStates:
@@ -21,11 +23,16 @@ class SlotStates:
     tables[slot, i]: block i of the sequence. On the CPU `device_tables` is the same memory.
     """
 
-    def __init__(self, max_slots: int, table_width: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_slots: int, table_width: int, vocab_size: int, max_model_len: int, device: torch.device
+    ) -> None:
         self.device = device
         self.lengths: IntArray = np.zeros(max_slots, np.int64)
         self.tables: IntArray = np.zeros((max_slots, table_width), np.int64)
         self.sampling = SamplingTable(max_slots, vocab_size)
+        self.adjustments = AdjustmentTable(max_slots, max_model_len, device)
+        self.logprobs = LogprobTable(max_slots, device)
+        self.guides = GuideTable(vocab_size, device)
         self.last_tokens = torch.zeros(max_slots, dtype=torch.int64, device=device)
         self.device_tables: Tensor = torch.from_numpy(self.tables)
         if device.type != "cpu":
@@ -36,6 +43,8 @@ class SlotStates:
         """Take in who left, who joined and which tables grew, in this order."""
         for slot in plan.left:
             self._tokens.pop(slot, None)
+            self.adjustments.drop(slot)
+            self.guides.drop(slot)
             self.lengths[slot] = 0
         for joined in plan.joined:
             self._join(joined)
@@ -55,9 +64,12 @@ class SlotStates:
         row = self.tables[joined.slot]
         row[: len(joined.blocks)] = joined.blocks
         row[len(joined.blocks) :] = 0
-        self._tokens[joined.slot] = np.asarray(joined.token_ids, dtype=np.int64)
+        tokens = self._tokens[joined.slot] = np.asarray(joined.token_ids, dtype=np.int64)
         self.lengths[joined.slot] = joined.num_computed
         self.sampling.set(joined.slot, joined.request.sampling, joined.request.seed)
+        self.adjustments.set(joined.slot, joined.request, tokens)
+        self.logprobs.set(joined.slot, joined.request.sampling.logprobs)
+        self.guides.set(joined.slot, joined.request, tokens)
 
     def _update_device(self, joined: list[Joined], grown: list[Grown]) -> None:
         """Mirror the changed rows and entries on the device, in stream order."""

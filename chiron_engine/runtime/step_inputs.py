@@ -11,8 +11,12 @@ from torch import Tensor
 from chiron_engine.model.attention import AttentionBatch, ChunkRows
 from chiron_engine.policy.iteration.plan import NO_DECODES, Chunk, DecodeBatch, StepPlan
 
-from .sampler import SamplingRows, upload_array
-from .slots import IntArray, SlotStates
+from .guides import GuidedRows
+from .logit_adjustments import LogitAdjustments
+from .sampler import SamplingRows
+from .slots import SlotStates
+from .token_logprobs import LogprobRows
+from .uploads import IntArray, upload_array
 
 
 @dataclass(slots=True)
@@ -21,7 +25,8 @@ class StepInputs:
 
     input_ids, positions: int64 [rows]. sample_rows: int64 [sampled], the rows whose logits are
     wanted. slots: int64 [sampled], where each sampled token goes. token_positions: int64 [sampled],
-    the index in its sequence of the token to sample.
+    the index in its sequence of the token to sample; longest: at least the largest of them.
+    adjustments, guides, logprobs: None where no row asks for any.
     """
 
     input_ids: Tensor
@@ -30,7 +35,11 @@ class StepInputs:
     sample_rows: Tensor
     slots: Tensor
     token_positions: Tensor
+    longest: int
     sampling: SamplingRows
+    adjustments: LogitAdjustments | None
+    guides: GuidedRows | None
+    logprobs: LogprobRows | None
 
 
 class DecodeRows:
@@ -45,6 +54,9 @@ class DecodeRows:
         self.slots = upload_array(self.slots_on_host, states.device)
         self.rows = torch.arange(len(batch.slots), device=states.device)
         self.sampling = states.sampling.rows(self.slots_on_host, states.device)
+        self.adjustments = states.adjustments.rows(self.slots_on_host, len(batch.slots))
+        self.guides = states.guides.rows(self.slots_on_host, len(batch.slots))
+        self.logprobs = states.logprobs.rows(self.slots_on_host)
         lengths = states.lengths[self.slots_on_host]
         self.lens = upload_array(lengths, states.device)
         self.max_len = int(lengths.max()) if len(lengths) else 0
@@ -92,7 +104,11 @@ class StepPacker:
             sample_rows=decodes.rows,
             slots=decodes.slots,
             token_positions=decodes.lens,
+            longest=decodes.max_len,
             sampling=decodes.sampling,
+            adjustments=decodes.adjustments,
+            guides=decodes.guides,
+            logprobs=decodes.logprobs,
         )
         if plan.chunks:
             self._add_chunks(plan.chunks, inputs)
@@ -131,7 +147,11 @@ class StepPacker:
         inputs.slots = torch.cat((inputs.slots, new[1]))
         inputs.token_positions = torch.cat((inputs.token_positions, new[2]))
         slots = np.concatenate((self._decodes.slots_on_host, rows_slots_positions[1]))
+        inputs.longest = max(inputs.longest, int(rows_slots_positions[2].max()))
         inputs.sampling = states.sampling.rows(slots, device)
+        inputs.adjustments = states.adjustments.rows(slots, inputs.batch.num_decodes)
+        inputs.guides = states.guides.rows(slots, inputs.batch.num_decodes)
+        inputs.logprobs = states.logprobs.rows(slots)
 
     def _chunk_rows(self, chunks: list[Chunk], row: int) -> list[ChunkRows]:
         found = []

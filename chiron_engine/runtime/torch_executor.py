@@ -18,7 +18,8 @@ from chiron_engine.policy.iteration.plan import StepPlan, StepResult
 from .kv_transfer import KvTransfer
 from .sampler import sample
 from .slots import SlotStates
-from .step_inputs import StepPacker
+from .step_inputs import StepInputs, StepPacker
+from .token_logprobs import Logprobs, logprobs_of
 
 if TYPE_CHECKING:
     from chiron_engine.model.loader import CausalLM
@@ -36,6 +37,7 @@ class TorchStep:
 
     plan: StepPlan
     tokens: Tensor
+    logprobs: Logprobs | None = None
     device_s: float = 0.0
     began: torch.cuda.Event | None = field(default=None)
     done: torch.cuda.Event | None = field(default=None)
@@ -76,10 +78,12 @@ class TorchExecutor:
             max_model_len=max_model_len,
             vocab_size=model.spec.vocab_size,
             pipeline_depth=CUDA_PIPELINE_DEPTH if self.device.type == "cuda" else 1,
+            has_logits=True,
         )
         table_width = -(-max_model_len // device_pool.block_size)
-        self._states = SlotStates(max_slots, table_width, model.spec.vocab_size, self.device)
+        self._states = SlotStates(max_slots, table_width, model.spec.vocab_size, max_model_len, self.device)
         self._packer = StepPacker(self._states, device_pool.block_size)
+        self._no_tokens = torch.empty(0, dtype=torch.int64, device=self.device)
         self._under_way: deque[TorchStep] = deque()
         self._closed = False
 
@@ -101,34 +105,52 @@ class TorchExecutor:
 
     def _run(self, plan: StepPlan) -> TorchStep:
         start = time.perf_counter()
-        tokens = self._compute(plan)
-        return TorchStep(plan, tokens, time.perf_counter() - start)
+        tokens, logprobs = self._compute(plan)
+        return TorchStep(plan, tokens, logprobs, time.perf_counter() - start)
 
     def _run_on_cuda(self, plan: StepPlan) -> TorchStep:
         with torch.cuda.device(self.device):
             began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             began.record()
-            tokens = self._compute(plan)
+            tokens, logprobs = self._compute(plan)
             on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             on_host.copy_(tokens, non_blocking=True)
+            if logprobs is not None:
+                logprobs = logprobs.to_host()
             done.record()
-        return TorchStep(plan, on_host, began=began, done=done)
+        return TorchStep(plan, on_host, logprobs, began=began, done=done)
 
-    def _compute(self, plan: StepPlan) -> Tensor:
-        """Copies, forward pass and sampling; returns the tokens on the device."""
+    def _compute(self, plan: StepPlan) -> tuple[Tensor, Logprobs | None]:
+        """Copies, forward pass and sampling; returns the tokens on the device, and how likely they were
+        where that is asked for."""
         self._copy_blocks(plan)
         self._states.apply(plan)
         if not (plan.decode.slots or plan.chunks):
-            return torch.empty(0, dtype=torch.int64, device=self.device)
+            return self._no_tokens, None
         inputs = self._packer.pack(plan)
         logits = self.model.forward(
             inputs.input_ids, inputs.positions, inputs.batch, self.device_pool, inputs.sample_rows
         )
         if not len(inputs.sample_rows):
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        tokens, valid = sample(logits, inputs.sampling, inputs.token_positions)
+            return self._no_tokens, None
+        wanted = self._adjusted(logits, inputs)
+        tokens, valid = sample(wanted, inputs.sampling, inputs.token_positions)
         self._states.last_tokens.index_copy_(0, inputs.slots, tokens)
-        return torch.where(valid, tokens, NO_TOKEN)
+        logprobs = None if inputs.logprobs is None else logprobs_of(logits, tokens, inputs.logprobs)
+        return torch.where(valid, tokens, NO_TOKEN), logprobs
+
+    def _adjusted(self, logits: Tensor, inputs: StepInputs) -> Tensor:
+        """The logits as the requests want them; `logits` itself where nobody asks for it as it was."""
+        adjustments, guides, last_tokens = inputs.adjustments, inputs.guides, self._states.last_tokens
+        if adjustments is None and guides is None:
+            return logits
+        if inputs.logprobs is not None:
+            logits = logits.clone()
+        if adjustments is not None:
+            adjustments.apply(logits, inputs.token_positions, last_tokens, inputs.longest)
+        if guides is not None:
+            guides.apply(logits, last_tokens)
+        return logits
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         if not (plan.copies_out or plan.copies_in):
@@ -149,7 +171,10 @@ class TorchExecutor:
         tokens: list[int] = handle.tokens.tolist()
         if NO_TOKEN in tokens:
             tokens = self._replace_invalid(handle.plan, tokens)
-        return StepResult(tokens, handle.device_s)
+        result = StepResult(tokens, handle.device_s)
+        if handle.logprobs is not None:
+            result.logprobs = handle.logprobs.by_row()
+        return result
 
     def _replace_invalid(self, plan: StepPlan, tokens: list[int]) -> list[int]:
         if not self.num_invalid_rows:

@@ -9,7 +9,8 @@ import time
 
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.plan import Chunk, DecodeBatch, Joined, StepPlan
-from chiron_engine.policy.iteration.request import GREEDY, Request, SamplingParams
+from chiron_engine.policy.iteration.request import Request
+from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
 from chiron_engine.policy.iteration.step_costs import StepCosts
 
 from .torch_executor import TorchExecutor

@@ -15,6 +15,7 @@ from chiron_engine.core.step_record import RecordedCore, StepRecord
 from chiron_engine.core.step_stats import StepLog
 from chiron_engine.policy.iteration.autoscaler_inputs import ItlTargets
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
+from chiron_engine.policy.iteration.sampling_params import Guide
 from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.runtime.torch_environment import prepare_environment
 
@@ -26,7 +27,8 @@ class LoadedModel:
     """A core over a loaded model, and what the rest of a process needs to know of the model.
 
     dtype: the one in use, as `bfloat16`. path: the directory of its tokenizer; None without one. costs: of
-    steps, as far as they were timed.
+    steps, as far as they were timed. compile_guide: makes what `Request.guide` holds, and raises ValueError;
+    None where no output can follow one.
     """
 
     core: EngineCore
@@ -36,6 +38,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     path: Path | None
     costs: StepCosts | None = None
+    compile_guide: Callable[[Guide], object] | None = None
 
 
 def load_core(
@@ -55,6 +58,7 @@ def load_core(
         raise ValueError(f"a model needs the executor torch, not {config.executor}")
     prepare_environment()  # before torch is loaded by what follows
     from chiron_engine.runtime.build import build_executor
+    from chiron_engine.runtime.guides import GuideCompiler
     from chiron_engine.runtime.trial_steps import measure_step_costs, measure_swap_costs
 
     log, record = open_log(config.step_log, resources), open_record(config.record_steps, resources)
@@ -70,6 +74,7 @@ def load_core(
         eos_token_ids=spec.eos_token_ids,
         path=spec.path,
         costs=costs,
+        compile_guide=GuideCompiler(spec.path, spec.vocab_size, spec.eos_token_ids).compile,
     )
 
 

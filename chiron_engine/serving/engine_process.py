@@ -21,7 +21,7 @@ from chiron_engine.rpc.shutdown import Shutdown
 from chiron_engine.rpc.v1 import engine_pb2_grpc
 
 from .engine_loop import EngineLoop, LoopState
-from .engine_service import EngineDescription, EngineService
+from .engine_service import CompileGuide, EngineDescription, EngineService
 from .fleet_member import FleetMember, Join
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,13 @@ LOOP_STOP_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """costs: what steps cost as far as is known, for a coordinator; needed only in a fleet."""
+    """costs: what steps cost as far as is known, for a coordinator; needed only in a fleet.
+    compile_guide: as in LoadedModel."""
 
     core: EngineCore
     description: EngineDescription
     costs: StepCosts | None = None
+    compile_guide: CompileGuide | None = None
 
 
 class EngineFailed(RuntimeError):
@@ -159,7 +161,7 @@ class _EngineProcess:
             return False
         loaded = loading.result()
         self._loop = EngineLoop(loaded.core)
-        self._service.attach(self._loop, loaded.description, self._seed)
+        self._service.attach(self._loop, loaded.description, self._seed, loaded.compile_guide)
         if self._join is not None:
             self._member = self._make_member(self._join, loaded, port)
         self._loop.start()

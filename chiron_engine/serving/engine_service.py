@@ -12,15 +12,17 @@ import os
 import random
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 import grpc.aio
 
 from chiron_engine.core.engine_core import EngineLoad
 from chiron_engine.core.requests import build_request
-from chiron_engine.policy.iteration.request import Request, RequestState, SamplingParams, Slo, SloClass
+from chiron_engine.policy.iteration.request import Request, RequestState, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import Guide, SamplingParams
 from chiron_engine.rpc.errors import invalid_argument, unavailable
 from chiron_engine.rpc.v1 import engine_pb2, engine_pb2_grpc
 from chiron_engine.rpc.wire import sampling_fields, slo_fields
@@ -29,6 +31,8 @@ from .engine_loop import EngineLoop, EngineUnavailable, LoopOutput, LoopState
 from .engine_stream import Origin, Stream, finished_message, origin_of, refusal
 
 FLUSH_POLL_S = 0.005
+COMPILE_S = 5.0
+CompileGuide = Callable[[Guide], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self.boot_id = uuid.uuid4().hex
         self.phase = "starting"
         self._loop: EngineLoop | None = None
+        self._compile_guide: CompileGuide | None = None
         self._description = EngineDescription("", "", "", ())
         self._streams: set[Stream] = set()
         self._request_ids = itertools.count(1)
@@ -58,11 +63,19 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._outputs: deque[LoopOutput] = deque()
         self._dispatch_due = False
 
-    def attach(self, loop: EngineLoop, description: EngineDescription, seed: int = 0) -> None:
-        """Serve this loop from now on. `seed` starts the seeds of requests that bring none."""
+    def attach(
+        self,
+        loop: EngineLoop,
+        description: EngineDescription,
+        seed: int = 0,
+        compile_guide: CompileGuide | None = None,
+    ) -> None:
+        """Serve this loop from now on. `seed` starts the seeds of requests that bring none. compile_guide:
+        called in threads; without it no output can follow a guide."""
         self._aio = asyncio.get_running_loop()
         self._loop = loop
         self._description = description
+        self._compile_guide = compile_guide
         self._seeds.seed(seed)
         self._block_size = loop.shape.block_size
         self.phase = "ready"
@@ -131,6 +144,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._streams.discard(stream)
         stream.is_over = True
         stream.ready.set()
+        for compiling in stream.compiling.values():
+            compiling.cancel()
         loop.abort(stream.request_ids.values())
         stream.request_ids = {}
         for saved in stream.saved.values():
@@ -147,6 +162,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             aborted = [stream.request_ids[h] for h in command.aborts if h in stream.request_ids]
             if aborted:
                 loop.abort(aborted)
+            for handle in command.aborts:
+                if (compiling := stream.compiling.pop(handle, None)) is not None:
+                    compiling.cancel()
+                    stream.finish_unstarted(handle)
             for key in command.forgets:
                 if (saved := stream.saved.pop(key, None)) is not None:
                     loop.forget(saved)
@@ -164,10 +183,35 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             stream.is_writing = False
 
     def _submit(self, submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop) -> None:
-        if submit.handle in stream.request_ids:
+        if submit.handle in stream.request_ids or submit.handle in stream.compiling:
             raise invalid_argument(f"handle {submit.handle} is in use on this stream")
+        kind, compile_guide = submit.sampling.WhichOneof("guide"), self._compile_guide
+        if kind is None or compile_guide is None:
+            self._take_in(submit, stream, loop)
+            return
+        guide = Guide(kind, getattr(submit.sampling, kind))
+        compiling = self._compile_first(partial(compile_guide, guide), submit, stream, loop)
+        stream.compiling[submit.handle] = asyncio.create_task(compiling)
+
+    async def _compile_first(
+        self, compiled: Callable[[], object], submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop
+    ) -> None:
         try:
-            request = self._resumed(submit, stream, loop) or self._build(submit, stream, loop)
+            async with asyncio.timeout(COMPILE_S):
+                guide = await asyncio.to_thread(compiled)
+        except (ValueError, TimeoutError) as error:
+            reason = str(error) or f"the guide was not compiled within {COMPILE_S:g} s; use a simpler one"
+            stream.reject(submit.handle, grpc.StatusCode.INVALID_ARGUMENT, reason)
+        else:
+            self._take_in(submit, stream, loop, guide)
+        finally:
+            stream.compiling.pop(submit.handle, None)
+
+    def _take_in(
+        self, submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop, guide: object = None
+    ) -> None:
+        try:
+            request = self._resumed(submit, stream, loop) or self._build(submit, stream, loop, guide)
             request.num_preempted = max(request.num_preempted, submit.evictions)
             loop.submit(request)
         except ValueError as error:  # InvalidRequest too
@@ -188,7 +232,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         request.client = Origin(stream, submit.handle, submit.key)
         return request
 
-    def _build(self, submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop) -> Request:
+    def _build(self, submit: engine_pb2.Submit, stream: Stream, loop: EngineLoop, guide: object) -> Request:
         now = loop.clock.now()
         slo = slo_fields(submit.slo)
         return build_request(
@@ -206,6 +250,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             ),
             arrival=now,
             client=Origin(stream, submit.handle, submit.key),
+            guide=guide,
+            num_prior_outputs=submit.prior_outputs,
         )
 
     def _receive(self, output: LoopOutput) -> None:
@@ -232,7 +278,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if step.tokens is not None:
             for request, token in zip(step.requests, step.tokens, strict=True):
                 origin = origin_of(request)
-                origin.stream.push(origin.handle, token)
+                origin.stream.push(origin.handle, token, step.logprobs.get(request.request_id))
                 touched.add(origin.stream)
         for request in step.finished:
             origin = origin_of(request)

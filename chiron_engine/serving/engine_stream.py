@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from chiron_engine.core.requests import InvalidRequest, QueueFull
+from chiron_engine.policy.iteration.plan import TokenLogprobs
 from chiron_engine.policy.iteration.request import FinishReason, Request
 from chiron_engine.rpc.errors import RpcFailure, exhausted
 from chiron_engine.rpc.v1 import engine_pb2, types_pb2
@@ -39,12 +40,14 @@ class Origin:
 class Stream:
     """One gateway's stream: its live requests, and what waits to be written to it. `failure` ends
     the call with an error; `is_over`: nothing more is to be written. saved: evicted requests whose
-    KV waits here for them, by key."""
+    KV waits here for them, by key. compiling: by handle, those that wait for their guide."""
 
     request_ids: dict[int, int] = field(default_factory=dict)  # by handle
     saved: dict[int, Request] = field(default_factory=dict)
+    compiling: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     handles: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    logprobs: dict[int, types_pb2.TokenLogprobs] = field(default_factory=dict)  # by place in `tokens`
     finished: list[engine_pb2.Finished] = field(default_factory=list)
     rejected: list[engine_pb2.Rejected] = field(default_factory=list)
     evicted: list[engine_pb2.Evicted] = field(default_factory=list)
@@ -57,10 +60,14 @@ class Stream:
     def has_output(self) -> bool:
         return self.is_writing or bool(self.tokens or self.finished or self.rejected or self.evicted)
 
-    def push(self, handle: int, token: int) -> None:
+    def push(self, handle: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Without effect once the stream has failed: nobody will read it."""
         if self.failure.done():
             return
+        if logprobs is not None:
+            self.logprobs[len(self.tokens)] = types_pb2.TokenLogprobs(
+                logprob=logprobs.logprob, top_ids=logprobs.top_ids, top_logprobs=logprobs.top_logprobs
+            )
         self.handles.append(handle)
         self.tokens.append(token)
         if len(self.tokens) > MAX_PENDING_TOKENS:
@@ -84,6 +91,11 @@ class Stream:
         )
         self.ready.set()
 
+    def finish_unstarted(self, handle: int) -> None:
+        """It was aborted before the engine knew of it."""
+        self.finished.append(engine_pb2.Finished(handle=handle, reason=types_pb2.FINISH_REASON_ABORT))
+        self.ready.set()
+
     def take(self, load: engine_pb2.EngineLoad, step: int) -> engine_pb2.EngineEvent:
         """Everything that waits, as one message."""
         output = engine_pb2.StepOutput(
@@ -94,7 +106,9 @@ class Stream:
             rejected=self.rejected,
             evicted=self.evicted,
             load=load,
+            logprobs=self.logprobs,
         )
+        self.logprobs = {}
         self.handles, self.tokens, self.finished, self.rejected, self.evicted = [], [], [], [], []
         return engine_pb2.EngineEvent(output=output)
 

@@ -46,4 +46,4 @@ class LLM(OfflineEngine):
             assert loaded.path is not None  # a model comes from a directory
             text = ModelText.from_directory(loaded.path)
             kept = resources.pop_all()
-        super().__init__(loaded.core, config, text, loaded.eos_token_ids, kept)
+        super().__init__(loaded.core, config, text, loaded.eos_token_ids, kept, loaded.compile_guide)

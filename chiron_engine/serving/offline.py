@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import random
 import threading
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,7 +16,8 @@ from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.gateway.text import ModelText
-from chiron_engine.policy.iteration.request import SamplingParams
+from chiron_engine.policy.iteration.plan import TokenLogprobs
+from chiron_engine.policy.iteration.sampling_params import Guide, SamplingParams
 
 from .engine_loop import EngineLoop
 from .offline_batch import OfflineBatch
@@ -31,11 +32,13 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class StreamChunk:
-    """A piece of a stream. `output` is set in the last one only, and covers the whole request."""
+    """A piece of a stream. `output` is set in the last one only, and covers the whole request. logprobs:
+    of the token, where they are asked for."""
 
     text: str
     token_ids: list[int]
     output: RequestOutput | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class OfflineEngine:
@@ -52,13 +55,16 @@ class OfflineEngine:
         text: ModelText,
         eos_token_ids: Iterable[int],
         resources: ExitStack,
+        compile_guide: Callable[[Guide], object] | None = None,
     ) -> None:
-        """`resources` are closed with this; the core is among them where it needs closing."""
+        """`resources` are closed with this; the core is among them where it needs closing. compile_guide:
+        as in LoadedModel."""
         self.config = config
         self.text = text
         self._core = core
         self._eos_token_ids = tuple(eos_token_ids)
         self._resources = resources
+        self._compile_guide = compile_guide
         self._request_ids = itertools.count(1)
         self._seeds = random.Random(config.seed)
         # Held by whoever runs the core, until the loop's thread takes it over.
@@ -117,9 +123,9 @@ class OfflineEngine:
         collector = self._collector(prompt_ids, sampling_params or SamplingParams(), stop)
         tokens = streams.run(collector.request)
         try:
-            async for now, token_id in tokens:
-                text = collector.add(token_id, now)
-                yield StreamChunk(text, [token_id])
+            async for now, (token_id, logprobs) in tokens:
+                text = collector.add(token_id, now, logprobs)
+                yield StreamChunk(text, [token_id], logprobs=logprobs)
                 if collector.stopped:
                     break
         finally:
@@ -156,6 +162,9 @@ class OfflineEngine:
     def _collector(
         self, prompt_ids: Iterable[int], sampling: SamplingParams, stop: Sequence[str]
     ) -> OutputCollector:
+        guide = None
+        if sampling.guide is not None and self._compile_guide is not None:
+            guide = self._compile_guide(sampling.guide)
         request = build_request(
             next(self._request_ids),
             prompt_ids,
@@ -164,6 +173,7 @@ class OfflineEngine:
             eos_token_ids=self._eos_token_ids,
             draw_seed=lambda: self._seeds.getrandbits(64),
             arrival=self._core.clock.now(),
+            guide=guide,
         )
         return OutputCollector(request, self.text.detokenizer(), stop)
 

@@ -61,7 +61,7 @@ class OfflineBatch:
             collector = self._open.get(request.request_id)
             if collector is None:  # another caller's, or aborted at a stop string
                 continue
-            collector.add(token, now)
+            collector.add(token, now, step.logprobs.get(request.request_id))
             if collector.stopped:
                 self._turns.abort([request.request_id])
                 self._finish(request, now)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from chiron_engine.gateway.detokenizer import Detokenizer
 from chiron_engine.gateway.output_text import OutputText
+from chiron_engine.policy.iteration.plan import TokenLogprobs
 from chiron_engine.policy.iteration.request import FinishReason, Request
 
 
@@ -27,13 +28,15 @@ class RequestTiming:
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """One finished request. `token_ids` includes the end token or the tokens of a stop string;
-    `text` has neither. finish_reason: stop, length, abort or error."""
+    `text` has neither. finish_reason: stop, length, abort or error. logprobs: of each token, where
+    they were asked for."""
 
     prompt_token_ids: list[int]
     token_ids: list[int]
     text: str
     finish_reason: str
     timing: RequestTiming
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class OutputCollector:
@@ -42,8 +45,9 @@ class OutputCollector:
     def __init__(self, request: Request, detokenizer: Detokenizer, stop: Sequence[str]) -> None:
         """Raises ValueError for an empty stop string."""
         self.request = request
-        self._text = OutputText(detokenizer, stop)
+        self._text = OutputText(detokenizer, stop, request.sampling.min_tokens)
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] | None = None if request.sampling.logprobs is None else []
         self._pieces: list[str] = []
         self._first = self._last = request.arrival
         self._max_gap = 0.0
@@ -53,7 +57,7 @@ class OutputCollector:
         """Whether a stop string came: the request has to be aborted, its further tokens are moot."""
         return self._text.is_stopped
 
-    def add(self, token_id: int, now: float) -> str:
+    def add(self, token_id: int, now: float, logprobs: TokenLogprobs | None = None) -> str:
         """Take the next token; the text it completes, up to a stop string."""
         if self._token_ids:
             self._max_gap = max(self._max_gap, now - self._last)
@@ -61,6 +65,8 @@ class OutputCollector:
             self._first = now
         self._last = now
         self._token_ids.append(token_id)
+        if self._logprobs is not None and logprobs is not None:
+            self._logprobs.append(logprobs)
         return self._show(self._text.feed(token_id))
 
     def finish(self, now: float) -> tuple[str, RequestOutput]:
@@ -73,6 +79,7 @@ class OutputCollector:
             text="".join(self._pieces),
             finish_reason=reason.value,
             timing=self._timing(now),
+            logprobs=self._logprobs,
         )
         return rest, output
 

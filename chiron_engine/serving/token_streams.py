@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 
 from chiron_engine.core.clocks import Clock
 from chiron_engine.core.requests import InvalidRequest, QueueFull
+from chiron_engine.policy.iteration.plan import TokenLogprobs
 from chiron_engine.policy.iteration.request import Request
 
 from .engine_loop import EngineLoop, EngineUnavailable, LoopOutput
@@ -17,7 +18,8 @@ class Finished:
     """The end of a stream."""
 
 
-Event = int | Finished | QueueFull | InvalidRequest | EngineUnavailable
+Token = tuple[int, TokenLogprobs | None]
+Event = Token | Finished | QueueFull | InvalidRequest | EngineUnavailable
 Events = asyncio.Queue[tuple[float, Event]]
 
 
@@ -32,8 +34,8 @@ class TokenStreams:
         self._streams: dict[int, tuple[asyncio.AbstractEventLoop, Events]] = {}
         loop.subscribe(self._receive)
 
-    async def run(self, request: Request) -> AsyncGenerator[tuple[float, int], None]:
-        """(time, token id) for each token. Leaving the iteration early aborts the request.
+    async def run(self, request: Request) -> AsyncGenerator[tuple[float, Token], None]:
+        """Time and token, one after another. Leaving the iteration early aborts the request.
 
         Raises QueueFull, InvalidRequest or EngineUnavailable where the engine refuses it.
         """
@@ -44,7 +46,7 @@ class TokenStreams:
             self._loop.submit(request)
             while True:
                 time, event = await events.get()
-                if isinstance(event, int):
+                if isinstance(event, tuple):
                     yield time, event
                     continue
                 ended = True
@@ -67,7 +69,7 @@ class TokenStreams:
                 by_loop[stream[0]].append((stream[1], event))
 
         for request, token in zip(step.requests, step.tokens or (), strict=True):
-            deliver(request, token)
+            deliver(request, (token, step.logprobs.get(request.request_id)))
         for request in step.finished:
             deliver(request, Finished())
         for rejection in output.rejected:

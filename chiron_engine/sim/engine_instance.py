@@ -16,7 +16,8 @@ from chiron_engine.policy.fleet.messages import (
     Role,
 )
 from chiron_engine.policy.iteration.local_autoscaler import ItlTargets
-from chiron_engine.policy.iteration.request import GREEDY, Request, SloClass
+from chiron_engine.policy.iteration.request import Request, SloClass
+from chiron_engine.policy.iteration.sampling_params import GREEDY
 
 from .engine_setup import EngineSetup
 from .request_book import LiveRequest, RequestBook

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from chiron_engine.config import EngineConfig
 from chiron_engine.policy.iteration.plan import StepPlan
-from chiron_engine.policy.iteration.request import GREEDY, Request, Slo, SloClass
+from chiron_engine.policy.iteration.request import Request, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import GREEDY
 from chiron_engine.policy.iteration.scheduler import MAX_EVICTIONS
 from chiron_engine.policy.iteration.step_stats import StepStats
 from chiron_engine.serving.core_setup import build_core

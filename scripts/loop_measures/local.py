@@ -14,7 +14,8 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.policy.iteration.autoscaler_inputs import EngineCapacity, ItlTargets
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.local_autoscaler import make_local_autoscaler
-from chiron_engine.policy.iteration.request import GREEDY, Request, Slo
+from chiron_engine.policy.iteration.request import Request, Slo
+from chiron_engine.policy.iteration.sampling_params import GREEDY
 from chiron_engine.policy.iteration.step_stats import StepStats
 from scripts.bench_local_autoscaler import request_lengths
 

@@ -146,7 +146,25 @@ BAD_LINES = [
     ('{"custom_id": "a", "body": {"prompt": "a"}, "url": "/v1/embeddings"}', "must be one of"),
     ('{"custom_id": "a", "body": {"prompt": "a"}, "seed": 1}', "belongs inside"),
     ('{"custom_id": "a", "messages": [{"role": "user"}]}', "messages[0]"),
+    ('{"custom_id": "a", "prompt": "a", "logit_bias": {"x": 1}}', "an object of token ids and numbers"),
+    ('{"custom_id": "a", "prompt": "a", "logit_bias": {"1": "x"}}', "an object of token ids and numbers"),
+    ('{"custom_id": "a", "prompt": "a", "min_p": "x"}', "min_p is"),
 ]
+
+
+def test_every_parameter_of_a_line_reaches_the_request() -> None:
+    values = {
+        "min_p": 0.1,
+        "min_tokens": 2,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.25,
+        "frequency_penalty": -0.5,
+    }
+    line = {"custom_id": "a", "prompt": "a", "logit_bias": {"15": -100, "3": 1.5}, **values}
+    (read,) = read_lines([json.dumps(line)])
+    asked = read.request.sampling
+    assert {name: getattr(asked, name) for name in values} == values
+    assert dict(asked.logit_bias) == {15: -100.0, 3: 1.5}
 
 
 @pytest.mark.parametrize(("line", "words"), BAD_LINES, ids=lambda value: value[:50])

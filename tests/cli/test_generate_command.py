@@ -42,6 +42,39 @@ def test_offline_and_remote_give_the_same_tokens(tiny_llama: Path, server: str) 
     assert "\x1b" not in offline.stderr  # no bar where standard error is no terminal
 
 
+def test_logprobs_and_penalties_are_the_same_here_and_there(tiny_llama: Path, server: str) -> None:
+    asked = [*GREEDY, "--logprobs", "2", "--frequency-penalty", "1.5", "--logit-bias", "118=-100"]
+    offline = chiron("generate", str(tiny_llama), "--dtype", "float32", *SMALL, "--json", *asked, "hello")
+    remote = chiron("generate", "--server", server, "--json", *asked, "hello")
+    assert offline.returncode == remote.returncode == 0, offline.stderr + remote.stderr
+    (here,), (there,) = lines(offline.stdout), lines(remote.stdout)
+    assert here["token_ids"] == there["token_ids"]
+    assert len(here["logprobs"]) == len(there["logprobs"]) == 6
+    for mine, theirs in zip(here["logprobs"], there["logprobs"], strict=True):
+        assert mine["top_ids"] == theirs["top_ids"] and len(mine["top_ids"]) == 2
+        assert mine["logprob"] == pytest.approx(theirs["logprob"], abs=1e-5)
+        assert mine["logprob"] <= mine["top_logprobs"][0] + 1e-6 < 1e-5
+    plain = lines(chiron("generate", "--server", server, "--json", *GREEDY, "hello").stdout)[0]
+    assert plain["logprobs"] is None
+    assert plain["token_ids"] != here["token_ids"]
+
+
+def test_an_output_follows_a_guide_here_and_there(tiny_llama: Path, server: str, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no", 17]}')
+    asked = ["--temperature", "0", "--max-tokens", "20", "--json-schema", f"@{schema}", "hello"]
+    offline = chiron("generate", str(tiny_llama), "--dtype", "float32", *SMALL, *asked)
+    remote = chiron("generate", "--server", server, *asked)
+    assert offline.stdout == remote.stdout
+    assert json.loads(remote.stdout) in ("yes", "no", 17)
+    refused = chiron("generate", "--server", server, "--regex", "((", "hello")
+    assert refused.returncode == 2
+    assert "regex cannot be followed" in refused.stderr
+    missing = chiron("generate", "--server", server, "--regex", "@/no/such/file", "hello")
+    assert missing.returncode == 2
+    assert "cannot read /no/such/file" in missing.stderr
+
+
 def test_prompts_from_a_file_and_from_standard_input(server: str, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\n")

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from chiron_engine.policy.iteration.plan import Joined, StepPlan
-from chiron_engine.policy.iteration.request import GREEDY, Request
+from chiron_engine.policy.iteration.request import Request
+from chiron_engine.policy.iteration.sampling_params import GREEDY
 from chiron_engine.rpc.v1 import coordinator_pb2
 from scripts.loop_measures.eviction import Record
 from scripts.loop_measures.local import Run, best_of, neighbours

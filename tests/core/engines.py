@@ -7,7 +7,8 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.core.null_executor import NullExecutor
 from chiron_engine.policy.iteration.limits import Limits
-from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo, SloClass
+from chiron_engine.policy.iteration.request import Request, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
 
 def null_core(

@@ -9,7 +9,8 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.core.latency_model import LatencyModelExecutor
 from chiron_engine.policy.iteration.local_autoscaler import EngineCapacity, ItlTargets, make_local_autoscaler
-from chiron_engine.policy.iteration.request import GREEDY, Request, Slo, SloClass
+from chiron_engine.policy.iteration.request import Request, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import GREEDY
 from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.policy.iteration.step_stats import StepStats
 

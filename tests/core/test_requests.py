@@ -5,7 +5,8 @@ import pytest
 
 from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.core.requests import InvalidRequest, build_request
-from chiron_engine.policy.iteration.request import Request, SamplingParams
+from chiron_engine.policy.iteration.request import Request
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
 SHAPE = ExecutorShape(16, 100, 0, 8, 64, 128, 1000)
 
@@ -64,6 +65,15 @@ def test_what_cannot_be_served_is_named(prompt: list[int], sampling: dict[str, o
         ("top_k", -1),
         ("seed", -1),
         ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", -2.5),
+        ("frequency_penalty", float("inf")),
+        ("logit_bias", {1: 100.5}),
+        ("logit_bias", {1.5: 1.0}),
+        ("logit_bias", [(1, 2.0)]),
+        ("logit_bias", dict.fromkeys(range(1025), 0.0)),
         ("stop_token_ids", tuple(range(129))),
     ],
 )

@@ -15,7 +15,8 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.core.real_time_executor import RealTimeExecutor, ScaledStepTimes
 from chiron_engine.core.simulated_tokens import OutputLengths, SimulatedTokens
-from chiron_engine.policy.iteration.request import FinishReason, Request, SamplingParams, Slo, SloClass
+from chiron_engine.policy.iteration.request import FinishReason, Request, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.policy.iteration.step_costs import StepCosts
 
 VOCAB, EOS = 1000, 7

@@ -28,7 +28,7 @@ from chiron_engine.rpc.client import EngineClient, InferenceClient
 from chiron_engine.rpc.shutdown import Shutdown
 from chiron_engine.rpc.v1 import engine_pb2
 from chiron_engine.serving.engine_process import LoadedEngine, run_engine
-from chiron_engine.serving.engine_service import EngineDescription
+from chiron_engine.serving.engine_service import CompileGuide, EngineDescription
 from tests.gateway.tiny_model import END
 
 SHAPE = ExecutorShape(
@@ -83,14 +83,20 @@ class RunningEngine:
 
 @asynccontextmanager
 async def running_engine(
-    executor: Callable[[], Executor] = null_executor, *, drain_timeout_s: float = 5.0, **core: int
+    executor: Callable[[], Executor] = null_executor,
+    *,
+    drain_timeout_s: float = 5.0,
+    compile_guide: CompileGuide | None = None,
+    **core: int,
 ) -> AsyncIterator[RunningEngine]:
     shutdown = Shutdown(drain_timeout_s)
     listening = asyncio.get_running_loop().create_future()
     ready = asyncio.Event()
     task = asyncio.create_task(
         run_engine(
-            lambda report: LoadedEngine(EngineCore(executor(), **core), DESCRIPTION),
+            lambda report: LoadedEngine(
+                EngineCore(executor(), **core), DESCRIPTION, compile_guide=compile_guide
+            ),
             shutdown=shutdown,
             on_listening=listening.set_result,
             on_ready=lambda port: ready.set(),

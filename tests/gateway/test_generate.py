@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from chiron_engine.gateway.generation import Prompt
 from chiron_engine.rpc.client import chat, sampling
 from chiron_engine.rpc.errors import error_code, retry_after_ms
 from chiron_engine.rpc.v1 import inference_pb2, types_pb2
@@ -55,6 +56,75 @@ def text_of(chunks: Sequence[inference_pb2.GenerateChunk]) -> str:
 
 def decoded(tokens: list[int]) -> str:
     return bytes(token for token in tokens if token != END).decode(errors="replace")
+
+
+def test_several_outputs_draw_as_requests_with_the_next_seeds(model: Path) -> None:
+    """And each ends by itself: at its own end, here at a stop string of one of them."""
+
+    async def check() -> None:
+        async with serving(model) as (client, engine):
+            chosen = sampling(max_tokens=10, seed=5, ignore_eos=True)
+            alone = [
+                await client.generate_all(
+                    ids(9, sampling=sampling(max_tokens=10, seed=seed, ignore_eos=True))
+                )
+                for seed in (5, 6, 7)
+            ]
+            texts = [text_of(one) for one in alone]
+            parts = [texts[1][start : start + 3] for start in range(2, 7)]
+            stop = next(part for part in parts if part not in texts[0] and part not in texts[2])
+            chunks = await client.generate_all(ids(9, sampling=chosen, n=3, stop=[stop]))
+            outputs = [[chunk for chunk in chunks if chunk.index == index] for index in range(3)]
+            for output in outputs:
+                assert [bool(chunk.finish_reason) for chunk in output] == [False] * (len(output) - 1) + [True]
+            for index in (0, 2):
+                assert tokens_of(outputs[index]) == tokens_of(alone[index])
+                assert outputs[index][-1].usage.completion_tokens == 10
+            assert outputs[1][-1].finish_reason == types_pb2.FINISH_REASON_STOP
+            assert text_of(alone[1]).startswith(text_of(outputs[1]) + stop)
+            await engine.wait_idle()
+
+    asyncio.run(check())
+
+
+def test_seeds_of_several_outputs_wrap_around() -> None:
+    prompt = Prompt([1], types_pb2.SamplingParams(seed=2**64 - 1, top_k=3), types_pb2.Slo(), [])
+    assert [prompt.choice(index).sampling.seed for index in range(3)] == [2**64 - 1, 0, 1]
+    assert prompt.choice(1).sampling.top_k == 3 and prompt.sampling.seed == 2**64 - 1
+
+
+def test_abort_and_disconnect_end_all_outputs(model: Path) -> None:
+    async def check() -> None:
+        async with serving(model, partial(slow_executor, 0.01)) as (client, engine):
+            endless = ids(9, sampling=sampling(max_tokens=900, seed=1, ignore_eos=True), n=4, request_id="a")
+            task = asyncio.create_task(client.generate_all(endless))
+            await engine.wait_running(4)
+            await client.abort("a")
+            chunks = await task
+            reasons = [chunk.finish_reason for chunk in chunks if chunk.finish_reason]
+            assert reasons == [types_pb2.FINISH_REASON_ABORT] * 4
+            await engine.wait_idle()
+            task = asyncio.create_task(client.generate_all(endless))
+            await engine.wait_running(4)
+            task.cancel()
+            await engine.wait_idle(5.0)
+
+    asyncio.run(check())
+
+
+def test_the_failure_of_one_output_ends_the_others(model: Path) -> None:
+    async def check() -> None:
+        async with (
+            running_engine(partial(slow_executor, 0.01), max_queued_requests=2) as engine,
+            running_gateway(model, [engine.client.address]) as gateway,
+        ):
+            asked = ids(9, sampling=sampling(max_tokens=900, seed=1, ignore_eos=True), n=16)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await gateway.client.generate_all(asked)
+            assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+            await engine.wait_idle(5.0)
+
+    asyncio.run(check())
 
 
 def test_the_last_chunk_carries_reason_usage_and_timing(model: Path) -> None:

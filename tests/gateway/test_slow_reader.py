@@ -53,7 +53,7 @@ def test_a_client_that_reads_nothing_loses_its_request_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over a channel with a narrow window, so that the server's writes soon block."""
-    monkeypatch.setattr("chiron_engine.gateway.generation.WRITE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("chiron_engine.gateway.inference_service.WRITE_TIMEOUT_S", 0.5)
     model = write_tiny_model(tmp_path)
     endless = inference_pb2.GenerateRequest(
         text="h", sampling=sampling(max_tokens=50_000, seed=1, ignore_eos=True)

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chiron_engine.gateway.no_tokenizer import NoTokenizer
+from chiron_engine.gateway.output_text import OutputText
 from chiron_engine.gateway.stop_strings import StopStrings
 
 ALPHABET = "ab👍é"
@@ -47,6 +49,14 @@ def test_holds_back_no_more_than_it_must() -> None:
     assert matcher.feed("y</s>z") == "y"
     assert matcher.matched == "</s>"
     assert matcher.feed("more") == ""
+
+
+def test_stop_strings_are_looked_for_after_min_tokens() -> None:
+    detokenizer = NoTokenizer().detokenizer()
+    detokenizer.feed = lambda token: chr(token)  # type: ignore[method-assign]
+    text = OutputText(detokenizer, ["ab"], min_tokens=3)
+    assert text.feed_all([ord(letter) for letter in "abaab"], False) == ("aba", 5)
+    assert text.is_stopped
 
 
 def test_refuses_an_empty_stop() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from chiron_engine.gateway.batch_text import BatchText
+from chiron_engine.gateway.chunk_writer import ChunkWriter
 from chiron_engine.gateway.engine_pool import EnginePool
 from chiron_engine.gateway.generation import Generation, Prompt
 from chiron_engine.gateway.no_tokenizer import NoTokenizer
@@ -43,11 +44,32 @@ def test_no_more_of_a_prompt_is_cached_than_there_is() -> None:
     async def check() -> None:
         prompt = Prompt(PROMPT, types_pb2.SamplingParams(), types_pb2.Slo(), [])
         chunks = Chunks()
-        await Generation(prompt, "r", time.monotonic(), NoTokenizer(), Ending([])).run(chunks, lambda: None)  # type: ignore[arg-type]
+        generation = Generation(prompt, "r", time.monotonic(), NoTokenizer(), Ending([]))
+        async with ChunkWriter(chunks, 60.0) as writer:  # type: ignore[arg-type]
+            await generation.run(writer, lambda: None)
         usage = chunks.written[-1].usage
         assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, 2, 3)
 
     asyncio.run(check())
+
+
+def test_the_next_engine_is_told_what_of_the_prompt_was_output() -> None:
+    """And how much of it is still owed."""
+
+    class Engine:
+        def abort(self, handle: int) -> None: ...
+
+        def abandon(self, handle: int) -> None: ...
+
+        def take_back(self, handle: int) -> None: ...
+
+    params = types_pb2.SamplingParams(max_tokens=9, min_tokens=4)
+    stream = TokenStream(PROMPT, params, types_pb2.Slo(), "r", EnginePool([]), tokens=[7, 8])
+    submit = stream.submission(Engine(), 1)
+    assert list(submit.prompt_token_ids) == [*PROMPT, 7, 8]
+    assert submit.prior_outputs == 2
+    assert (submit.sampling.max_tokens, submit.sampling.min_tokens) == (7, 2)
+    assert (params.max_tokens, params.min_tokens) == (9, 4)
 
 
 def test_nor_of_the_prompt_of_a_batch_line() -> None:

@@ -16,7 +16,7 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.policy.iteration.plan import BlockCopy
-from chiron_engine.policy.iteration.request import GREEDY, SamplingParams
+from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
 from chiron_engine.runtime.build import build_executor
 from chiron_engine.runtime.kv_transfer import KvTransfer
 from chiron_engine.runtime.sampler import SamplingTable, sample

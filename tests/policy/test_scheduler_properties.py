@@ -15,14 +15,8 @@ from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.plan import StepPlan
-from chiron_engine.policy.iteration.request import (
-    FinishReason,
-    Request,
-    RequestState,
-    SamplingParams,
-    Slo,
-    SloClass,
-)
+from chiron_engine.policy.iteration.request import FinishReason, Request, RequestState, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from tests.core.checked_executor import CheckedExecutor, reference_output
 
 VOCAB = 40

@@ -13,7 +13,8 @@ from chiron_engine.policy.iteration.plan import (
     Joined,
     StepPlan,
 )
-from chiron_engine.policy.iteration.request import GREEDY, Request, SamplingParams
+from chiron_engine.policy.iteration.request import Request
+from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
 from chiron_engine.runtime.torch_executor import TorchExecutor
 
 

@@ -12,7 +12,8 @@ from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
-from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo, SloClass
+from chiron_engine.policy.iteration.request import Request, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.runtime import build
 from chiron_engine.runtime.build import build_executor, resolve_device, resolve_dtype
 from chiron_engine.runtime.errors import OutOfMemory

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chiron_engine.policy.iteration.request import GREEDY, SamplingParams
+from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
 from chiron_engine.runtime.sampler import (
     RACE_BLOCK,
     SamplingRows,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from chiron_engine.policy.iteration.plan import Grown, Joined, StepPlan
-from chiron_engine.policy.iteration.request import GREEDY, Request
+from chiron_engine.policy.iteration.request import Request
+from chiron_engine.policy.iteration.sampling_params import GREEDY
 from chiron_engine.runtime.slots import SlotStates
 
 
@@ -19,7 +20,7 @@ def joined(slot: int, blocks: list[int], tokens: int) -> Joined:
 def test_the_mirror_follows_the_host() -> None:
     """On a device the tables are a copy, brought up to date entry by entry. Here the copy is made on
     the CPU, so that its updates can be compared."""
-    states = SlotStates(4, 6, 100, torch.device("cpu"))
+    states = SlotStates(4, 6, 100, 96, torch.device("cpu"))
     mirror = states.device_tables = torch.zeros(4, 6, dtype=torch.int64)
     plans = [
         StepPlan(0, joined=[joined(2, [7, 8, 9], 12), joined(0, [1], 2)]),
@@ -35,7 +36,7 @@ def test_the_mirror_follows_the_host() -> None:
 
 
 def test_known_tokens_are_those_of_the_last_to_join() -> None:
-    states = SlotStates(2, 4, 100, torch.device("cpu"))
+    states = SlotStates(2, 4, 100, 64, torch.device("cpu"))
     states.apply(StepPlan(0, joined=[joined(1, [0], 5)]))
     assert states.known_tokens(1, 2, 3).tolist() == [2, 3, 4]
     with pytest.raises(ValueError, match=r"chunk \[3, 6\) of slot 1, which knows 5 tokens"):
@@ -45,6 +46,6 @@ def test_known_tokens_are_those_of_the_last_to_join() -> None:
 
 
 def test_more_blocks_than_a_table_holds_are_refused() -> None:
-    states = SlotStates(2, 2, 100, torch.device("cpu"))
+    states = SlotStates(2, 2, 100, 32, torch.device("cpu"))
     with pytest.raises(ValueError, match="3 blocks; a table holds 2"):
         states.apply(StepPlan(0, joined=[joined(1, [0, 1, 2], 5)]))

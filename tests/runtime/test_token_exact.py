@@ -23,7 +23,8 @@ from chiron_engine.model.loader import CausalLM, load_model
 from chiron_engine.model.source import resolve_model
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.limits import Limits
-from chiron_engine.policy.iteration.request import GREEDY, FinishReason, Request, Slo, SloClass
+from chiron_engine.policy.iteration.request import FinishReason, Request, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import GREEDY
 from chiron_engine.runtime.torch_executor import TorchExecutor
 
 OUTPUT_TOKENS = 24

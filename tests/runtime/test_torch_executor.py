@@ -11,7 +11,8 @@ from tiny_causal_lm import VOCAB, TinyCausalLM
 
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.policy.iteration.plan import BlockCopy, Joined, StepPlan
-from chiron_engine.policy.iteration.request import GREEDY, Request, SamplingParams
+from chiron_engine.policy.iteration.request import Request
+from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
 from chiron_engine.runtime.torch_executor import TorchExecutor
 
 BLOCK = 4

@@ -15,7 +15,8 @@ from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.core.null_executor import NullExecutor, PlannedStep
 from chiron_engine.core.requests import QueueFull, build_request
 from chiron_engine.policy.iteration.plan import StepPlan, StepResult
-from chiron_engine.policy.iteration.request import FinishReason, Request, SamplingParams
+from chiron_engine.policy.iteration.request import FinishReason, Request
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.serving.engine_loop import EngineLoop, EngineUnavailable, LoopOutput, LoopState
 
 SHAPE = ExecutorShape(

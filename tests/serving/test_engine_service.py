@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
@@ -12,11 +13,12 @@ import pytest
 
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.null_executor import NullExecutor
-from chiron_engine.policy.iteration.request import Request, SamplingParams, Slo, SloClass
+from chiron_engine.policy.iteration.request import Request, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import Guide, SamplingParams
 from chiron_engine.rpc.client import sampling
 from chiron_engine.rpc.errors import RpcFailure
 from chiron_engine.rpc.v1 import engine_pb2, types_pb2
-from chiron_engine.serving import engine_stream
+from chiron_engine.serving import engine_service, engine_stream
 from chiron_engine.serving.engine_loop import EngineLoop
 from chiron_engine.serving.engine_service import EngineService
 from tests.gateway.serving_stack import DESCRIPTION, SHAPE, running_engine, slow_executor
@@ -180,15 +182,28 @@ def test_sampling_and_slo_reach_the_core(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(engine_stream, "MAX_PENDING_TOKENS", 20)
     slo = types_pb2.Slo(slo_class=types_pb2.SLO_CLASS_BATCH, itl_slo_ms=500.0, deadline_s=60.0)
     params = sampling(
-        temperature=0.5, top_p=0.9, top_k=7, seed=3, max_tokens=9, stop_token_ids=[4], ignore_eos=True
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        seed=3,
+        max_tokens=9,
+        stop_token_ids=[4],
+        ignore_eos=True,
+        min_p=0.1,
+        min_tokens=2,
+        repetition_penalty=1.5,
+        presence_penalty=0.25,
+        frequency_penalty=-0.5,
+        logit_bias={3: 1.5},
     )
-    full = engine_pb2.Submit(handle=1, prompt_token_ids=[5, 6], sampling=params, slo=slo)
+    full = engine_pb2.Submit(handle=1, prompt_token_ids=[5, 6], sampling=params, slo=slo, prior_outputs=1)
     plain = engine_pb2.Submit(handle=2, prompt_token_ids=[5], sampling=sampling(max_tokens=3))
     seen: list[Request] = []
     with pytest.raises(RpcFailure):
         serve_directly([full, plain, submit(3, 1000)], seen)
     first, second = sorted(seen, key=lambda request: request.request_id)[:2]
-    assert first.sampling == SamplingParams(0.5, 7, 0.9, 3, 9, (4,), True)
+    assert first.sampling == SamplingParams(0.5, 7, 0.9, 3, 9, (4,), True, 0.1, 2, 1.5, 0.25, -0.5, {3: 1.5})
+    assert (first.num_prior_outputs, second.num_prior_outputs) == (1, 0)
     assert (first.slo.slo_class, first.slo.ttft_s, first.slo.itl_s) == (SloClass.BATCH, 3600.0, 0.5)
     assert first.slo.deadline is not None
     assert first.slo.deadline - first.arrival == pytest.approx(60.0)
@@ -207,5 +222,59 @@ def test_a_request_that_gave_way_elsewhere_brings_its_count() -> None:
             await connection.write(engine_pb2.EngineCommand(submits=[submit(1, slo=slo, evictions=2)]))
             outputs = await read_until(connection, ended(1))
             assert outputs[-1].finished[0].preemptions == 2
+
+    asyncio.run(check())
+
+
+def guided(handle: int, regex: str) -> engine_pb2.Submit:
+    params = sampling(max_tokens=5, seed=handle, regex=regex)
+    return engine_pb2.Submit(handle=handle, prompt_token_ids=[handle], sampling=params)
+
+
+def slow_compiler(guide: Guide) -> object:
+    """A made-up one: nothing here follows what it makes."""
+    if guide.text == "wrong":
+        raise ValueError("regex cannot be followed: it is wrong")
+    time.sleep(1.0 if guide.text == "slow" else 0.0)
+    return object()
+
+
+def test_a_guide_that_is_being_compiled_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_service, "COMPILE_S", 0.5)
+
+    async def check() -> None:
+        async with running_engine(compile_guide=slow_compiler) as engine:
+            connection = engine.client.connect()
+            await connection.read()
+            submits = [guided(1, "slow"), guided(2, "slow"), guided(3, "wrong"), guided(4, "a"), submit(5)]
+            await connection.write(engine_pb2.EngineCommand(submits=submits))
+            await connection.write(engine_pb2.EngineCommand(aborts=[1]))
+            outputs = await read_until(
+                connection, lambda outputs: ended(3)(outputs) and sum(len(o.rejected) for o in outputs) >= 2
+            )
+            reasons = {f.handle: f.reason for output in outputs for f in output.finished}
+            assert reasons == {
+                1: types_pb2.FINISH_REASON_ABORT,
+                4: types_pb2.FINISH_REASON_LENGTH,
+                5: types_pb2.FINISH_REASON_LENGTH,
+            }
+            rejected = [r for output in outputs for r in output.rejected]
+            assert [r.handle for r in rejected] == [3, 2]
+            assert {r.code for r in rejected} == {grpc.StatusCode.INVALID_ARGUMENT.value[0]}
+            assert "it is wrong" in rejected[0].message
+            assert "not compiled within 0.5 s" in rejected[1].message
+            await engine.wait_idle()
+
+    asyncio.run(check())
+
+
+def test_without_a_compiler_a_guide_is_refused() -> None:
+    async def check() -> None:
+        async with running_engine() as engine:
+            connection = engine.client.connect()
+            await connection.read()
+            await connection.write(engine_pb2.EngineCommand(submits=[guided(1, "a")]))
+            outputs = await read_until(connection, lambda outputs: any(o.rejected for o in outputs))
+            assert "no tokenizer to follow a regex" in outputs[-1].rejected[0].message
 
     asyncio.run(check())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.null_executor import NullExecutor
-from chiron_engine.policy.iteration.request import GREEDY, Request, Slo, SloClass
+from chiron_engine.policy.iteration.request import Request, Slo, SloClass
+from chiron_engine.policy.iteration.sampling_params import GREEDY
 from chiron_engine.serving.engine_loop import EngineLoop
 from chiron_engine.serving.telemetry import Telemetry
 from tests.gateway.serving_stack import SHAPE

@@ -7,7 +7,7 @@ a block freed by one plan may be given away by the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .request import Request
@@ -107,16 +107,27 @@ class StepPlan:
 
 
 @dataclass(slots=True, eq=False)
+class TokenLogprobs:
+    """Natural logarithms of what the model gave a token and the likeliest ones, those first."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(slots=True, eq=False)
 class StepOutput:
     """What a committed step brought: tokens[i] is the new token of requests[i] (None where the
     executor models no values); the requests that finished carry their `finish_reason`. handed_back:
-    evicted requests that have left the engine, what was saved of them still on its host tier."""
+    evicted requests that have left the engine, what was saved of them still on its host tier.
+    logprobs: by request id, of those tokens for which they are asked."""
 
     step: int
     requests: Sequence[Request] = ()
     tokens: list[int] | None = None
     finished: list[Request] = field(default_factory=list)
     handed_back: list[Request] = field(default_factory=list)
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -125,10 +136,11 @@ class StepResult:
 
     tokens: one id per sampled row in the plan's order, or None from an executor that models only
     time; that one says in `stopped` which requests ended with this step's token. device_s: seconds
-    the step took on the device.
+    the step took on the device. logprobs: by number of the sampled row, where they are asked for.
     """
 
     tokens: list[int] | None
     device_s: float = 0.0
     graph: bool = False
     stopped: Sequence[Request] = ()
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)

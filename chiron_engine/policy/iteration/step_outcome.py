@@ -22,6 +22,8 @@ def outcome(plan: StepPlan, result: StepResult, now: float) -> tuple[StepOutput,
             if request.first_token is None and request.state is not RequestState.LEFT:
                 request.first_token = now
     output = StepOutput(plan.step, requests, result.tokens)
+    if result.logprobs:
+        output.logprobs = {requests[row].request_id: found for row, found in result.logprobs.items()}
     ended: list[Ending] = []
     if result.tokens is not None:
         ended = _append(output, result.tokens)

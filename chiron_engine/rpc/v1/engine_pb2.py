@@ -15,35 +15,39 @@ _sym_db = _symbol_database.Default()
 from . import types_pb2 as chiron_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63hiron/v1/engine.proto\x12\tchiron.v1\x1a\x15\x63hiron/v1/types.proto\"T\n\rEngineCommand\x12\"\n\x07submits\x18\x01 \x03(\x0b\x32\x11.chiron.v1.Submit\x12\x0e\n\x06\x61\x62orts\x18\x02 \x03(\x04\x12\x0f\n\x07\x66orgets\x18\x03 \x03(\x04\"\xb0\x01\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.chiron.v1.SamplingParams\x12\x1b\n\x03slo\x18\x04 \x01(\x0b\x32\x0e.chiron.v1.Slo\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0b\n\x03key\x18\x06 \x01(\x04\x12\x11\n\tevictions\x18\x07 \x01(\r\"b\n\x0b\x45ngineEvent\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.chiron.v1.HelloH\x00\x12\'\n\x06output\x18\x02 \x01(\x0b\x32\x15.chiron.v1.StepOutputH\x00\x42\x07\n\x05\x65vent\"\xdd\x01\n\x05Hello\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12#\n\x04load\x18\x07 \x01(\x0b\x32\x15.chiron.v1.EngineLoad\x12\x14\n\x0c\x61rchitecture\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x15\n\reos_token_ids\x18\n \x03(\r\"\xd6\x01\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07handles\x18\x02 \x03(\x04\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12%\n\x08\x66inished\x18\x04 \x03(\x0b\x32\x13.chiron.v1.Finished\x12%\n\x08rejected\x18\x05 \x03(\x0b\x32\x13.chiron.v1.Rejected\x12#\n\x04load\x18\x06 \x01(\x0b\x32\x15.chiron.v1.EngineLoad\x12#\n\x07\x65victed\x18\x07 \x03(\x0b\x32\x12.chiron.v1.Evicted\"/\n\x07\x45victed\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x14\n\x0csaved_tokens\x18\x02 \x01(\r\"\x91\x01\n\x08\x46inished\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.chiron.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r\x12\x0f\n\x07queue_s\x18\x05 \x01(\x01\x12\x0f\n\x07message\x18\x06 \x01(\t\"Q\n\x08Rejected\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"\x80\x01\n\nEngineLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xf0\x01\n\x0c\x45ngineStatus\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.chiron.v1.EngineLoad\x12\x18\n\x10\x66ree_host_blocks\x18\x04 \x01(\r\x12\x19\n\x11total_host_blocks\x18\x05 \x01(\r\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x07 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x08 \x01(\x04\x12\x0b\n\x03pid\x18\t \x01(\r\x12\r\n\x05phase\x18\n \x01(\t2\x8c\x01\n\x06\x45ngine\x12?\n\x07\x43onnect\x12\x18.chiron.v1.EngineCommand\x1a\x16.chiron.v1.EngineEvent(\x01\x30\x01\x12\x41\n\tGetStatus\x12\x1b.chiron.v1.GetStatusRequest\x1a\x17.chiron.v1.EngineStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63hiron/v1/engine.proto\x12\tchiron.v1\x1a\x15\x63hiron/v1/types.proto\"T\n\rEngineCommand\x12\"\n\x07submits\x18\x01 \x03(\x0b\x32\x11.chiron.v1.Submit\x12\x0e\n\x06\x61\x62orts\x18\x02 \x03(\x04\x12\x0f\n\x07\x66orgets\x18\x03 \x03(\x04\"\xc7\x01\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.chiron.v1.SamplingParams\x12\x1b\n\x03slo\x18\x04 \x01(\x0b\x32\x0e.chiron.v1.Slo\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0b\n\x03key\x18\x06 \x01(\x04\x12\x11\n\tevictions\x18\x07 \x01(\r\x12\x15\n\rprior_outputs\x18\x08 \x01(\r\"b\n\x0b\x45ngineEvent\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.chiron.v1.HelloH\x00\x12\'\n\x06output\x18\x02 \x01(\x0b\x32\x15.chiron.v1.StepOutputH\x00\x42\x07\n\x05\x65vent\"\xdd\x01\n\x05Hello\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12#\n\x04load\x18\x07 \x01(\x0b\x32\x15.chiron.v1.EngineLoad\x12\x14\n\x0c\x61rchitecture\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x15\n\reos_token_ids\x18\n \x03(\r\"\xd8\x02\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07handles\x18\x02 \x03(\x04\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12%\n\x08\x66inished\x18\x04 \x03(\x0b\x32\x13.chiron.v1.Finished\x12%\n\x08rejected\x18\x05 \x03(\x0b\x32\x13.chiron.v1.Rejected\x12#\n\x04load\x18\x06 \x01(\x0b\x32\x15.chiron.v1.EngineLoad\x12#\n\x07\x65victed\x18\x07 \x03(\x0b\x32\x12.chiron.v1.Evicted\x12\x35\n\x08logprobs\x18\x08 \x03(\x0b\x32#.chiron.v1.StepOutput.LogprobsEntry\x1aI\n\rLogprobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.chiron.v1.TokenLogprobs:\x02\x38\x01\"/\n\x07\x45victed\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x14\n\x0csaved_tokens\x18\x02 \x01(\r\"\x91\x01\n\x08\x46inished\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.chiron.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r\x12\x0f\n\x07queue_s\x18\x05 \x01(\x01\x12\x0f\n\x07message\x18\x06 \x01(\t\"Q\n\x08Rejected\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"\x80\x01\n\nEngineLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xf0\x01\n\x0c\x45ngineStatus\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.chiron.v1.EngineLoad\x12\x18\n\x10\x66ree_host_blocks\x18\x04 \x01(\r\x12\x19\n\x11total_host_blocks\x18\x05 \x01(\r\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x07 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x08 \x01(\x04\x12\x0b\n\x03pid\x18\t \x01(\r\x12\r\n\x05phase\x18\n \x01(\t2\x8c\x01\n\x06\x45ngine\x12?\n\x07\x43onnect\x12\x18.chiron.v1.EngineCommand\x1a\x16.chiron.v1.EngineEvent(\x01\x30\x01\x12\x41\n\tGetStatus\x12\x1b.chiron.v1.GetStatusRequest\x1a\x17.chiron.v1.EngineStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chiron.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_STEPOUTPUT_LOGPROBSENTRY']._loaded_options = None
+  _globals['_STEPOUTPUT_LOGPROBSENTRY']._serialized_options = b'8\001'
   _globals['_ENGINECOMMAND']._serialized_start=60
   _globals['_ENGINECOMMAND']._serialized_end=144
   _globals['_SUBMIT']._serialized_start=147
-  _globals['_SUBMIT']._serialized_end=323
-  _globals['_ENGINEEVENT']._serialized_start=325
-  _globals['_ENGINEEVENT']._serialized_end=423
-  _globals['_HELLO']._serialized_start=426
-  _globals['_HELLO']._serialized_end=647
-  _globals['_STEPOUTPUT']._serialized_start=650
-  _globals['_STEPOUTPUT']._serialized_end=864
-  _globals['_EVICTED']._serialized_start=866
-  _globals['_EVICTED']._serialized_end=913
-  _globals['_FINISHED']._serialized_start=916
-  _globals['_FINISHED']._serialized_end=1061
-  _globals['_REJECTED']._serialized_start=1063
-  _globals['_REJECTED']._serialized_end=1144
-  _globals['_ENGINELOAD']._serialized_start=1147
-  _globals['_ENGINELOAD']._serialized_end=1275
-  _globals['_GETSTATUSREQUEST']._serialized_start=1277
-  _globals['_GETSTATUSREQUEST']._serialized_end=1295
-  _globals['_ENGINESTATUS']._serialized_start=1298
-  _globals['_ENGINESTATUS']._serialized_end=1538
-  _globals['_ENGINE']._serialized_start=1541
-  _globals['_ENGINE']._serialized_end=1681
+  _globals['_SUBMIT']._serialized_end=346
+  _globals['_ENGINEEVENT']._serialized_start=348
+  _globals['_ENGINEEVENT']._serialized_end=446
+  _globals['_HELLO']._serialized_start=449
+  _globals['_HELLO']._serialized_end=670
+  _globals['_STEPOUTPUT']._serialized_start=673
+  _globals['_STEPOUTPUT']._serialized_end=1017
+  _globals['_STEPOUTPUT_LOGPROBSENTRY']._serialized_start=944
+  _globals['_STEPOUTPUT_LOGPROBSENTRY']._serialized_end=1017
+  _globals['_EVICTED']._serialized_start=1019
+  _globals['_EVICTED']._serialized_end=1066
+  _globals['_FINISHED']._serialized_start=1069
+  _globals['_FINISHED']._serialized_end=1214
+  _globals['_REJECTED']._serialized_start=1216
+  _globals['_REJECTED']._serialized_end=1297
+  _globals['_ENGINELOAD']._serialized_start=1300
+  _globals['_ENGINELOAD']._serialized_end=1428
+  _globals['_GETSTATUSREQUEST']._serialized_start=1430
+  _globals['_GETSTATUSREQUEST']._serialized_end=1448
+  _globals['_ENGINESTATUS']._serialized_start=1451
+  _globals['_ENGINESTATUS']._serialized_end=1691
+  _globals['_ENGINE']._serialized_start=1694
+  _globals['_ENGINE']._serialized_end=1834
 # @@protoc_insertion_point(module_scope)

@@ -14,19 +14,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63hiron/v1/types.proto\x12\tchiron.v1\"\xa7\x01\n\x03Slo\x12&\n\tslo_class\x18\x01 \x01(\x0e\x32\x13.chiron.v1.SloClass\x12\x18\n\x0bttft_slo_ms\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nitl_slo_ms\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\ndeadline_s\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x0e\n\x0c_ttft_slo_msB\r\n\x0b_itl_slo_msB\r\n\x0b_deadline_s\"\xe6\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x03\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokens*U\n\x08SloClass\x12\x19\n\x15SLO_CLASS_UNSPECIFIED\x10\x00\x12\x19\n\x15SLO_CLASS_INTERACTIVE\x10\x01\x12\x13\n\x0fSLO_CLASS_BATCH\x10\x02*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63hiron/v1/types.proto\x12\tchiron.v1\"\xa7\x01\n\x03Slo\x12&\n\tslo_class\x18\x01 \x01(\x0e\x32\x13.chiron.v1.SloClass\x12\x18\n\x0bttft_slo_ms\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nitl_slo_ms\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\ndeadline_s\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x0e\n\x0c_ttft_slo_msB\r\n\x0b_itl_slo_msB\r\n\x0b_deadline_s\"\x92\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x03H\x05\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x03\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x0c \x03(\x0b\x32(.chiron.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\r \x01(\x03\x12\x15\n\x08logprobs\x18\x0e \x01(\x03H\n\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x0f \x01(\tH\x00\x12\x0f\n\x05regex\x18\x10 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x11 \x01(\tH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05guideB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02*U\n\x08SloClass\x12\x19\n\x15SLO_CLASS_UNSPECIFIED\x10\x00\x12\x19\n\x15SLO_CLASS_INTERACTIVE\x10\x01\x12\x13\n\x0fSLO_CLASS_BATCH\x10\x02*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chiron.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SLOCLASS']._serialized_start=439
-  _globals['_SLOCLASS']._serialized_end=524
-  _globals['_FINISHREASON']._serialized_start=527
-  _globals['_FINISHREASON']._serialized_end=672
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_SLOCLASS']._serialized_start=940
+  _globals['_SLOCLASS']._serialized_end=1025
+  _globals['_FINISHREASON']._serialized_start=1028
+  _globals['_FINISHREASON']._serialized_end=1173
   _globals['_SLO']._serialized_start=37
   _globals['_SLO']._serialized_end=204
   _globals['_SAMPLINGPARAMS']._serialized_start=207
-  _globals['_SAMPLINGPARAMS']._serialized_end=437
+  _globals['_SAMPLINGPARAMS']._serialized_end=865
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=659
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=707
+  _globals['_TOKENLOGPROBS']._serialized_start=867
+  _globals['_TOKENLOGPROBS']._serialized_end=938
 # @@protoc_insertion_point(module_scope)

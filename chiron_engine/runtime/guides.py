@@ -1,0 +1,153 @@
+"""Outputs that follow a JSON schema, a regular expression or a grammar.
+
+llguidance says after each token which may come next. That needs the tokens on the host: where steps are
+under way ahead of it, a step with guided rows waits for the one before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+
+from chiron_engine.policy.iteration.request import Request
+from chiron_engine.policy.iteration.sampling_params import Guide
+
+from .uploads import IntArray, upload_array
+
+KEPT = 64
+WORD_BITS = 32
+GRAMMARS: dict[str, Callable[[str], str]] = {
+    "json_schema": LLMatcher.grammar_from_json_schema,
+    "regex": LLMatcher.grammar_from_regex,
+    "grammar": LLMatcher.grammar_from_lark,
+}
+
+
+class CompiledGuide:
+    """Safe to share: each output is followed by a matcher of its own."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def follow(self, output: Sequence[int]) -> LLMatcher:
+        """A matcher that has seen these tokens."""
+        matcher = self._matcher.deep_copy()
+        if output:
+            matcher.consume_tokens(list(output))
+        return matcher
+
+
+class GuideCompiler:
+    """For the tokenizer of one model. Safe to use from several threads."""
+
+    def __init__(self, directory: Path, vocab_size: int, end_ids: Sequence[int]) -> None:
+        self._path = directory / "tokenizer.json"
+        self._vocab_size = vocab_size
+        self._end_ids = list(end_ids)
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._kept = lru_cache(maxsize=KEPT)(self._compile)
+
+    def compile(self, guide: Guide) -> CompiledGuide:
+        """Usually in milliseconds, up to a second for the largest; the first also reads the tokenizer.
+        Raises ValueError."""
+        return self._kept(guide)
+
+    def _compile(self, guide: Guide) -> CompiledGuide:
+        tokenizer = self._read_tokenizer()
+        try:
+            grammar = GRAMMARS[guide.kind](guide.text)
+        except ValueError as error:
+            raise ValueError(f"{guide.kind} cannot be read: {error}") from None
+        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise ValueError(f"{guide.kind} cannot be followed: {_first_line(matcher.get_error())}")
+        return CompiledGuide(matcher)
+
+    def _read_tokenizer(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is not None:
+                return self._tokenizer
+            if not self._path.is_file() or not self._end_ids:
+                raise ValueError("no guide can be followed: the model has no tokenizer.json or no end token")
+            self._tokenizer = LLTokenizer(str(self._path), n_vocab=self._vocab_size, eos_token=self._end_ids)
+            return self._tokenizer
+
+
+class GuidedRows:
+    """The rows of one batch that follow a guide, for as long as they are the same requests."""
+
+    def __init__(
+        self, rows: list[int], matchers: list[LLMatcher], decode_slots: Tensor, vocab_size: int
+    ) -> None:
+        """decode_slots: of those rows that decode, which come first."""
+        self._rows = rows
+        self._matchers = matchers
+        self._decode_slots = decode_slots
+        self._masks = np.empty((len(rows), -(-vocab_size // WORD_BITS)), np.int32)
+
+    def apply(self, logits: Tensor, last_tokens: Tensor) -> None:
+        """Take what a guide forbids out of `logits` [rows, vocab]. last_tokens: int64 [slots], sampled
+        last. To be called once for each token of a row, in order."""
+        sampled = last_tokens[self._decode_slots].tolist()
+        for matcher, token in zip(self._matchers, sampled, strict=False):
+            matcher.consume_token(token)
+        for mask, matcher in zip(self._masks, self._matchers, strict=True):
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        rows = torch.tensor(self._rows, device=logits.device)
+        forbidden = forbidden_tokens(upload_array(self._masks, logits.device), logits.shape[1])
+        logits[rows] = logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf)
+
+
+class GuideTable:
+    """The matcher of the request in each slot that follows a guide."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._matchers: dict[int, LLMatcher] = {}
+
+    def set(self, slot: int, request: Request, tokens: IntArray) -> None:
+        """tokens: all that it knows."""
+        self._matchers.pop(slot, None)
+        if request.guide is None:
+            return
+        assert isinstance(request.guide, CompiledGuide)  # the serving layer made it
+        first = len(request.prompt_ids) - request.num_prior_outputs
+        self._matchers[slot] = request.guide.follow(tokens[first:].tolist())
+
+    def drop(self, slot: int) -> None:
+        self._matchers.pop(slot, None)
+
+    def rows(self, slots: IntArray, num_decodes: int) -> GuidedRows | None:
+        """For the given slots, in their order, of which the first `num_decodes` decode."""
+        if not self._matchers:
+            return None
+        found = [(row, slot) for row, slot in enumerate(slots.tolist()) if slot in self._matchers]
+        if not found:
+            return None
+        decode_slots = np.array([slot for row, slot in found if row < num_decodes], np.int64)
+        return GuidedRows(
+            [row for row, _ in found],
+            [self._matchers[slot] for _, slot in found],
+            upload_array(decode_slots, self._device),
+            self._vocab_size,
+        )
+
+
+def forbidden_tokens(masks: Tensor, vocab_size: int) -> Tensor:
+    """bool [rows, vocab] from int32 [rows, words], a bit for each token, 1 where it is allowed."""
+    bits = torch.arange(WORD_BITS, device=masks.device, dtype=torch.int32)
+    allowed = (masks.unsqueeze(2) >> bits) & 1
+    return allowed.flatten(1)[:, :vocab_size] == 0
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "no reason given"
