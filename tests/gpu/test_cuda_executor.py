@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,14 @@ from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.model.kv_pool import KvPool
-from chiron_engine.policy.iteration.plan import BlockCopy
+from chiron_engine.policy.iteration.plan import BlockCopy, TokenLogprobs
+from chiron_engine.policy.iteration.request import Request
 from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
 from chiron_engine.runtime.build import build_executor
 from chiron_engine.runtime.kv_transfer import KvTransfer
+from chiron_engine.runtime.logit_adjustments import AdjustmentTable
 from chiron_engine.runtime.sampler import SamplingTable, sample
+from chiron_engine.runtime.token_logprobs import LogprobTable, logprobs_of
 from chiron_engine.runtime.torch_executor import TorchExecutor
 
 pytestmark = [
@@ -29,6 +33,14 @@ pytestmark = [
 
 BLOCK = 4
 SAMPLED = SamplingParams(temperature=1.2, top_k=40, top_p=0.95)
+PENALISED = SamplingParams(
+    temperature=0.0,
+    repetition_penalty=1.3,
+    frequency_penalty=0.5,
+    presence_penalty=0.2,
+    min_tokens=4,
+    logit_bias={7: 2.5, 11: -100.0},
+)
 
 
 def make_executor(blocks: int = 64, host_blocks: int = 32) -> TorchExecutor:
@@ -75,7 +87,7 @@ def test_mixed_steps_and_a_trip_to_the_host() -> None:
     executor.close()
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, PENALISED])
 def test_a_pipelined_core_yields_what_one_request_alone_yields(sampling: SamplingParams) -> None:
     """Two steps under way, more requests than slots, too few blocks for all of them."""
 
@@ -85,9 +97,7 @@ def test_a_pipelined_core_yields_what_one_request_alone_yields(sampling: Samplin
         core = EngineCore(executor)
         requests = []
         for number, tokens in enumerate(prompts):
-            params = SamplingParams(
-                sampling.temperature, sampling.top_k, sampling.top_p, seed=len(tokens), max_tokens=20
-            )
+            params = replace(sampling, seed=len(tokens), max_tokens=20)
             request = build_request(
                 number, tokens, params, shape=core.shape, eos_token_ids=(), draw_seed=lambda: 0, arrival=0.0
             )
@@ -108,7 +118,14 @@ def test_a_pipelined_core_yields_what_one_request_alone_yields(sampling: Samplin
 
 
 def test_the_sampler_draws_the_same_tokens_as_on_the_cpu() -> None:
-    kinds = [GREEDY, SamplingParams(), SAMPLED, SamplingParams(top_p=0.9), SamplingParams(top_k=5)]
+    kinds = [
+        GREEDY,
+        SamplingParams(),
+        SAMPLED,
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_k=5),
+        SamplingParams(min_p=0.05),
+    ]
     count, vocab = 64, 32_007
     logits = torch.randn(count, vocab, generator=torch.Generator().manual_seed(0)) * 2
     logits[3, 17] = torch.nan
@@ -123,6 +140,36 @@ def test_the_sampler_draws_the_same_tokens_as_on_the_cpu() -> None:
     assert torch.equal(valid_there.cpu(), valid)
     # exp may differ in its last bit, which moves a draw with a probability of about 1e-7.
     assert int((tokens.cpu() != expected).sum()) <= 1
+
+
+def test_logits_are_adjusted_as_on_the_cpu() -> None:
+    """Also told: the likeliest tokens, and how likely they were."""
+    count, vocab, known = 8, 3001, 20
+    logits = torch.randn(count, vocab, generator=torch.Generator().manual_seed(1)) * 2
+    tokens = np.arange(count * known, dtype=np.int64).reshape(count, known) % 97
+    slots, positions, last = np.arange(count), torch.full((count,), known), torch.arange(count)
+
+    def adjusted(device: torch.device) -> tuple[torch.Tensor, list[TokenLogprobs]]:
+        table, asked = AdjustmentTable(count, 64, device), LogprobTable(count, device)
+        for slot in range(count):
+            request = Request(slot, tokens[slot, :12].tolist(), PENALISED, 9, frozenset({5, 6}))
+            table.set(slot, request, tokens[slot])
+            asked.set(slot, slot % 4)
+        rows, wanted = table.rows(slots, count), asked.rows(slots)
+        assert rows is not None and wanted is not None
+        there = logits.to(device, copy=True)
+        found = logprobs_of(there, last.to(device), wanted)
+        if device.type == "cuda":
+            found = found.to_host()
+            torch.cuda.synchronize()
+        rows.apply(there, positions.to(device), last.to(device), known)
+        return there.cpu(), list(found.by_row().values())
+
+    expected, told = adjusted(torch.device("cpu"))
+    there, told_there = adjusted(torch.device("cuda", 0))
+    torch.testing.assert_close(there, expected)
+    assert [one.top_ids for one in told_there] == [one.top_ids for one in told]
+    assert [one.logprob for one in told_there] == pytest.approx([one.logprob for one in told], abs=1e-5)
 
 
 def test_blocks_travel_through_pinned_memory() -> None:
