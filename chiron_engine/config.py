@@ -16,8 +16,8 @@ EXECUTORS = ("torch", "simulated")
 class EngineConfig:
     """One engine. Names follow vLLM's flags where the meaning is the same.
 
-    model: a Hugging Face directory or id, or `smollm2`. dtype: auto, float32 or bfloat16 (float16
-    on CUDA). device: auto, cpu, cuda or cuda:N. block_size: tokens a KV block holds.
+    model: a Hugging Face directory or id, a .gguf file, or `smollm2`. dtype: auto, float32 or bfloat16
+    (float16 on CUDA). device: auto, cpu, cuda or cuda:N. block_size: tokens a KV block holds.
     kv_cache_memory: bytes of the device KV pool; None takes a share of what is free
     (`gpu_memory_utilization` of the device on CUDA). swap_space: bytes of the host KV tier.
     max_model_len: None takes the model's own context length.
@@ -59,7 +59,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ValueError("model is empty; it must be a directory, a model id or smollm2")
+            raise ValueError("model is empty; it must be a directory, a model id, a .gguf file or smollm2")
         _one_of("executor", self.executor, EXECUTORS)
         self._check_simulated()
         _one_of("dtype", self.dtype, DTYPES)

@@ -34,7 +34,7 @@ def engine(
     executor_options: dict[str, Any],
     server: dict[str, Any],
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or id, or smollm2.")
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or id, a .gguf file, or smollm2.")
     ],
     headless: Annotated[
         bool,

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def text_directory(config: EngineConfig, progress: Progress | None = None) -> Path | None:
     """The directory of the model's tokenizer. A simulated engine's model may be any name: None where it
     is no directory with a tokenizer. Raises ModelError."""
-    from chiron_engine.model.source import resolve_model
+    from chiron_engine.model.source import is_gguf_file, resolve_model
 
-    if config.executor == "torch" or config.model == "smollm2":
+    if config.executor == "torch" or config.model == "smollm2" or is_gguf_file(config.model):
         return resolve_model(config.model, progress)
     directory = Path(config.model).expanduser()
     return directory if (directory / "tokenizer.json").is_file() else None

@@ -29,7 +29,7 @@ def serve(
     fleet: dict[str, Any],
     server: dict[str, Any],
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or id, or smollm2.")
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or id, a .gguf file, or smollm2.")
     ],
     engines: Annotated[int, Option(min=1, max=256, help="Engine processes to start with.")] = 1,
 ) -> None:

@@ -1,149 +1,202 @@
-"""A GGUF file of the Llama architecture with a GPT-2 style tokenizer, as a Hugging Face directory.
+"""A GGUF file of the Llama family as a Hugging Face directory.
 
-The weights are dequantised to float32, which holds every value of the block formats exactly or
-nearly so; what is computed from them no longer depends on how they were packed.
+The weights are unpacked to float32, which holds every value of the block formats exactly or nearly
+so; what is computed from them no longer depends on how they were packed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from chiron_engine.model.directory import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
+from chiron_engine.model.directory import (
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+)
 from chiron_engine.model.errors import ModelError
+from chiron_engine.model.gguf_config import LLAMA3_FACTORS, gguf_config
+from chiron_engine.model.gguf_file import GgufFile
+from chiron_engine.model.gguf_tokenizer import GgufTokenizer
 
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_CONTROL_TOKEN = 3
+# Bytes of float32 weights in one file, and so about what a conversion holds in memory.
+_FILE_BYTES = 4 << 30
+
+Report = Callable[[str, float], None]
 
 
-def convert_llama_gguf(
-    source: Path, target: Path, progress: Callable[[str, float], None] | None = None
-) -> None:
-    """Write config.json, generation_config.json, model.safetensors, tokenizer.json and
-    tokenizer_config.json into the directory `target`. Raises ModelError for another architecture
-    or tokenizer."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor belongs: its Hugging Face name and its shape. heads: the number of heads its rows
+    are of, where the file interleaves them; else 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    heads: int = 0
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return 4 * int(np.prod(self.shape))
+
+
+def convert_gguf(source: Path, target: Path, progress: Report | None = None) -> None:
+    """Write config.json, generation_config.json, the weights as safetensors, tokenizer.json and
+    tokenizer_config.json into the directory `target`. Raises ModelError for a damaged file, and for
+    an architecture, a tokenizer or a packing that is not supported."""
     report = progress or (lambda phase, fraction: None)
     report("read GGUF", 0.0)
-    reader = gguf.GGUFReader(str(source))
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture, tokenizer = fields["general.architecture"], fields.get("tokenizer.ggml.model")
-    if architecture != "llama" or tokenizer != "gpt2" or fields.get("tokenizer.ggml.pre") != "smollm":
-        raise ModelError(f"{source.name} is {architecture} with tokenizer {tokenizer}: not convertible")
+    file = GgufFile(source)
+    config = gguf_config(file)
+    tokenizer = GgufTokenizer(file, config["vocab_size"])
+    places = _places(file, config)
+    file.check_packing()
+    _check_space(target, sum(place.size for place in places.values()))
+    report("write tokenizer", 0.05)
+    tokenizer.build().save(str(target / TOKENIZER))
+    _write_json(target / TOKENIZER_CONFIG, tokenizer.config(config["max_position_embeddings"]))
+    _write_json(target / CONFIG, config | tokenizer.token_ids())
+    _write_json(target / GENERATION_CONFIG, tokenizer.token_ids())
     report("convert weights", 0.1)
-    config = _config(fields)
-    tensors = {}
-    for index, tensor in enumerate(reader.tensors):
-        tensors[_hugging_face_name(tensor.name)] = _weights(tensor, config)
-        report("convert weights", 0.1 + 0.6 * (index + 1) / len(reader.tensors))
-    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    report("write weights", 0.7)
-    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    report("write tokenizer", 0.95)
-    _tokenizer(fields).save(str(target / TOKENIZER))
-    _write_json(target / TOKENIZER_CONFIG, _tokenizer_config(fields))
-    _write_json(target / CONFIG, config)
-    _write_json(target / GENERATION_CONFIG, _token_ids(fields))
+    _write_weights(file, places, target, report)
     report("converted", 1.0)
 
 
-def _config(fields: dict[str, Any]) -> dict[str, Any]:
-    heads = fields["llama.attention.head_count"]
+def _places(file: GgufFile, config: dict[str, Any]) -> dict[str, _Place]:
+    """Every tensor of the model by its name in the file. Raises ModelError where the file lacks one,
+    has another besides, or has one of another shape."""
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    places = {
+        "token_embd.weight": _Place("model.embed_tokens.weight", (vocabulary, hidden)),
+        "output_norm.weight": _Place("model.norm.weight", (hidden,)),
+    }
+    if not config["tie_word_embeddings"]:
+        places["output.weight"] = _Place("lm_head.weight", (vocabulary, hidden))
+    for layer in range(config["num_hidden_layers"]):
+        for name, place in _layer_places(config).items():
+            places[f"blk.{layer}.{name}"] = _Place(
+                f"model.layers.{layer}.{place.name}", place.shape, place.heads
+            )
+    for name, place in places.items():
+        if file.shape(name) != place.shape:
+            raise file.fail(f"{name} has shape {list(file.shape(name))}, not {list(place.shape)}")
+    more = [name for name in file.tensors if name not in places and not _is_derived(name)]
+    if more:
+        raise file.fail(f"has {len(more)} tensors that are not supported, {more[0]} among them")
+    return places
+
+
+def _layer_places(config: dict[str, Any]) -> dict[str, _Place]:
+    """The tensors of one layer, by their names within it."""
+    hidden, middle, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    qwen2, qwen3 = (config["model_type"] == kind for kind in ("qwen2", "qwen3"))
+    bias, mlp_bias = config["attention_bias"], config["mlp_bias"]
+    # The Llama files interleave the rows of queries and keys; Qwen's are as Hugging Face has them.
+    turned = not (qwen2 or qwen3)
+    places = {
+        "attn_norm.weight": _Place("input_layernorm.weight", (hidden,)),
+        "ffn_norm.weight": _Place("post_attention_layernorm.weight", (hidden,)),
+    }
+    if qwen3:
+        places["attn_q_norm.weight"] = _Place("self_attn.q_norm.weight", (dim,))
+        places["attn_k_norm.weight"] = _Place("self_attn.k_norm.weight", (dim,))
+
+    def add(name: str, ours: str, shape: tuple[int, int], biased: bool, turned_heads: int = 0) -> None:
+        places[f"{name}.weight"] = _Place(f"{ours}.weight", shape, turned_heads)
+        if biased:
+            places[f"{name}.bias"] = _Place(f"{ours}.bias", shape[:1], turned_heads)
+
+    add("attn_q", "self_attn.q_proj", (heads * dim, hidden), bias or qwen2, heads if turned else 0)
+    add("attn_k", "self_attn.k_proj", (kv_heads * dim, hidden), bias or qwen2, kv_heads if turned else 0)
+    add("attn_v", "self_attn.v_proj", (kv_heads * dim, hidden), bias or qwen2)
+    add("attn_output", "self_attn.o_proj", (hidden, heads * dim), bias)
+    add("ffn_gate", "mlp.gate_proj", (middle, hidden), mlp_bias)
+    add("ffn_up", "mlp.up_proj", (middle, hidden), mlp_bias)
+    add("ffn_down", "mlp.down_proj", (hidden, middle), mlp_bias)
+    return places
+
+
+def _is_derived(name: str) -> bool:
+    """A tensor that config.json says in numbers, or that old files carry and nothing reads."""
+    return name == LLAMA3_FACTORS or name.endswith(".attn_rot_embd.weight")
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise ModelError(
+            f"{target.parent} has {free / 1e9:.1f} GB free, but the unpacked weights take "
+            f"{needed / 1e9:.1f} GB; set CHIRON_CACHE to a folder with more"
+        )
+
+
+def _write_weights(file: GgufFile, places: dict[str, _Place], target: Path, report: Report) -> None:
+    groups = list(_groups(places))
+    names = [WEIGHTS] if len(groups) == 1 else _part_names(len(groups))
+    done = 0
+    for name, group in zip(names, groups, strict=True):
+        tensors = {}
+        for key in group:
+            tensors[places[key].name] = _weights(file, key, places[key])
+            done += 1
+            report("convert weights", 0.1 + 0.8 * done / len(places))
+        try:
+            save_file(tensors, target / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+    if len(groups) > 1:
+        _write_json(target / WEIGHTS_INDEX, _index(names, groups, places))
+
+
+def _groups(places: dict[str, _Place]) -> Iterator[list[str]]:
+    """The tensors that go into one file, in order."""
+    group: list[str] = []
+    size = 0
+    for key, place in places.items():
+        if group and size + place.size > _FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(key)
+        size += place.size
+    yield group
+
+
+def _part_names(count: int) -> list[str]:
+    return [f"model-{part + 1:05d}-of-{count:05d}.safetensors" for part in range(count)]
+
+
+def _index(names: list[str], groups: list[list[str]], places: dict[str, _Place]) -> dict[str, Any]:
+    pairs = zip(names, groups, strict=True)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": fields["llama.embedding_length"],
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "hidden_act": "silu",
-        "max_position_embeddings": fields["llama.context_length"],
-        # Both are float32 in the file: the shortest decimal that gives the same float32.
-        "rms_norm_eps": float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
-        "rope_theta": float(str(np.float32(fields["llama.rope.freq_base"]))),
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": "float32",
-        **_token_ids(fields),
+        "metadata": {"total_size": sum(place.size for place in places.values())},
+        "weight_map": {places[key].name: name for name, group in pairs for key in group},
     }
 
 
-def _token_ids(fields: dict[str, Any]) -> dict[str, int]:
-    return {
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
-    }
-
-
-def _hugging_face_name(name: str) -> str:
-    stem, suffix = name.rsplit(".", 1)
-    if not stem.startswith("blk."):
-        return f"{_TOP_TENSORS[stem]}.{suffix}"
-    _, layer, part = stem.split(".", 2)
-    return f"model.layers.{layer}.{_LAYER_TENSORS[part]}.{suffix}"
-
-
-def _weights(tensor: gguf.ReaderTensor, config: dict[str, Any]) -> np.ndarray:
-    values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-    values = values.reshape(tuple(int(size) for size in reversed(tensor.shape)))
-    if tensor.name.endswith("attn_q.weight"):
-        values = _half_rotation(values, config["num_attention_heads"])
-    elif tensor.name.endswith("attn_k.weight"):
-        values = _half_rotation(values, config["num_key_value_heads"])
+def _weights(file: GgufFile, key: str, place: _Place) -> np.ndarray:
+    values = file.weights(key)
+    if place.heads:
+        values = _half_rotation(values, place.heads)
     return np.ascontiguousarray(values)
 
 
 def _half_rotation(weight: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF interleaves the two halves of each head, so that rotary pairs are neighbours; Hugging
-    Face pairs element i with i + D / 2. weight: [heads * D, hidden]."""
-    pairs = weight.reshape(heads, -1, 2, weight.shape[1])
+    """The file interleaves the two halves of each head, so that rotary pairs are neighbours; Hugging
+    Face pairs element i with i + D / 2. weight: [heads * D, hidden], or a bias [heads * D]."""
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
-
-
-def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE with every digit a token of its own."""
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    return tokenizer
-
-
-def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
-    tokens = fields["tokenizer.ggml.tokens"]
-    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": fields["llama.context_length"],
-        **{key: tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for key, name in named.items()},
-        "chat_template": fields["tokenizer.chat_template"],
-    }
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

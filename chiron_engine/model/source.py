@@ -12,11 +12,12 @@ from chiron_engine.model.errors import ModelError
 Progress = Callable[[str, float], None]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_ACCEPTED = "a Hugging Face directory, an id, a .gguf file, or smollm2"
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja")
 
 
 def resolve_model(name: str, progress: Progress | None = None) -> Path:
-    """The directory of a model: `smollm2`, a Hugging Face directory, or a Hugging Face id.
+    """The directory of a model: `smollm2`, a GGUF file, a Hugging Face directory, or a Hugging Face id.
 
     progress(phase, fraction) is called while something is converted or downloaded. Raises
     ModelError where there is no such model, or where it cannot be served.
@@ -25,9 +26,21 @@ def resolve_model(name: str, progress: Progress | None = None) -> Path:
         from chiron_engine.model.smollm2 import smollm2_directory
 
         return smollm2_directory(progress)
+    if is_gguf_file(name):
+        from chiron_engine.model.converted_gguf import gguf_directory
+
+        return gguf_directory(Path(name).expanduser(), progress)
     path = _local_directory(name) or _download(name, progress)
     check_directory(path)
     return path
+
+
+def is_gguf_file(name: str) -> bool:
+    """Whether `name` is a file on this machine whose name says that it is GGUF."""
+    try:
+        return name.lower().endswith(".gguf") and Path(name).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _local_directory(name: str) -> Path | None:
@@ -39,10 +52,12 @@ def _local_directory(name: str) -> Path | None:
         is_file = path.is_file()
     except (OSError, RuntimeError):
         is_file = False
-    if is_file or name.endswith(".gguf"):
-        raise ModelError(f"{name} is a single file: give a Hugging Face directory, an id, or smollm2")
+    if is_file:
+        raise ModelError(f"{name} is a single file, and its name does not end in .gguf: give {_ACCEPTED}")
+    if name.lower().endswith(".gguf"):
+        raise ModelError(f"no file {name[:200]!r}: give {_ACCEPTED}")
     if len(name) > 200 or not _HUB_ID.fullmatch(name):
-        raise ModelError(f"no directory {name[:200]!r}: give a Hugging Face directory, an id, or smollm2")
+        raise ModelError(f"no directory {name[:200]!r}: give {_ACCEPTED}")
     return None
 
 

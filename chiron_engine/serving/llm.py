@@ -21,8 +21,8 @@ class LLM(OfflineEngine):
             (output,) = llm.generate("The capital of France is", SamplingParams(temperature=0.0))
             print(output.text)
 
-    model: a Hugging Face directory or id, or `smollm2`; or a whole EngineConfig. options: fields of
-    EngineConfig; limits are fixed unless `local_autoscaler` says otherwise. progress(phase, fraction):
+    model: a Hugging Face directory or id, a .gguf file, or `smollm2`; or a whole EngineConfig. options:
+    fields of EngineConfig; limits are fixed unless `local_autoscaler` says otherwise. progress(phase, fraction):
     called while the model loads.
 
     Raises ModelError where the model cannot be loaded, MemoryError where it does not fit,

@@ -130,7 +130,7 @@ def test_damage_is_named(name: str, good: Path) -> None:
         ("", "no directory"),
         ("bad\x00name", "no directory"),
         ("x" * 5000 + "/", "no directory"),
-        ("model.gguf", "single file"),
+        ("model.gguf", "no file 'model.gguf'"),
     ],
 )
 def test_names_that_are_no_model(name: str, cause: str) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from chiron_engine.model import smollm2 as package
+from chiron_engine.model.converted_gguf import broken_file
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.loader import load_model
 from chiron_engine.model.source import resolve_model
@@ -217,7 +218,7 @@ def test_a_broken_cache_is_named_and_redone(
         "manifest": lambda: (path / name).write_text("[]"),
     }
     damages[damage]()
-    assert package.broken_file(path) == name
+    assert broken_file(path) == name
     with caplog.at_level(logging.WARNING):
         assert resolve_model("smollm2") == path
     assert name in caplog.text
@@ -247,7 +248,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_conversion, "_tokenizer", interrupted)
+        patch.setattr(gguf_conversion, "_write_weights", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resolve_model("smollm2")
     assert not list(tmp_path.rglob("*.safetensors"))
