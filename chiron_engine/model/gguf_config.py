@@ -47,21 +47,19 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
     if arch not in _CLASSES:
         raise file.fail(f"the architecture {arch!r} is not supported, only {', '.join(_CLASSES)}")
     _refuse_unknown(file, arch)
-    hidden, heads = file.integer(f"{arch}.embedding_length"), _heads(file, f"{arch}.attention.head_count")
-    if hidden < 1 or heads < 1:
-        raise file.fail(f"embedding_length {hidden} and head_count {heads} must be positive")
-    head_dim = file.integer(f"{arch}.attention.key_length", hidden // heads)
+    hidden, heads = file.size(f"{arch}.embedding_length"), _heads(file, f"{arch}.attention.head_count")
+    head_dim = file.size(f"{arch}.attention.key_length", hidden // heads)
     _check_head(file, arch, head_dim)
     return {
         **_class(file, arch),
         "hidden_size": hidden,
-        "intermediate_size": file.integer(f"{arch}.feed_forward_length"),
-        "num_hidden_layers": file.integer(f"{arch}.block_count"),
+        "intermediate_size": file.size(f"{arch}.feed_forward_length"),
+        "num_hidden_layers": _layers(file, arch),
         "num_attention_heads": heads,
         "num_key_value_heads": _heads(file, f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": file.integer(f"{arch}.context_length"),
+        "max_position_embeddings": file.size(f"{arch}.context_length"),
         "rms_norm_eps": file.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope(file, arch, head_dim),
         # The table may have more rows than the tokenizer has tokens.
@@ -86,13 +84,22 @@ def _heads(file: GgufFile, key: str, default: int | None = None) -> int:
     """A number of heads, which may be given for each layer."""
     value = file.value(key)
     if not isinstance(value, list):
-        return file.integer(key, default)
+        return file.size(key, default)
     if len(set(value)) != 1:
         raise file.fail(f"{key} differs by layer ({value}), which is not supported")
     return int(value[0])
 
 
+def _layers(file: GgufFile, arch: str) -> int:
+    layers = file.size(f"{arch}.block_count")
+    if layers > len(file.tensors):
+        raise file.fail(f"{arch}.block_count is {layers}, but there are only {len(file.tensors)} tensors")
+    return layers
+
+
 def _check_head(file: GgufFile, arch: str, head_dim: int) -> None:
+    if head_dim % 2:
+        raise file.fail(f"heads of {head_dim} are odd, which rotary embeddings cannot be")
     for key in ("attention.value_length", "rope.dimension_count"):
         size = file.integer(f"{arch}.{key}", head_dim)
         if size != head_dim:
@@ -132,11 +139,11 @@ def _scaling(file: GgufFile, arch: str) -> dict[str, Any]:
         raise file.fail(f"{arch}.rope.scaling.factor must be positive for {kind}, not {factor}")
     if kind == "linear":
         return {"rope_type": kind, "factor": factor}
-    context = file.integer(f"{arch}.context_length")
+    context = file.size(f"{arch}.context_length")
     return {
         "rope_type": kind,
         "factor": factor,
-        "original_max_position_embeddings": file.integer(
+        "original_max_position_embeddings": file.size(
             f"{arch}.rope.scaling.original_context_length", context
         ),
         "beta_fast": file.number(f"{arch}.rope.scaling.yarn_beta_fast", 32.0),
@@ -154,7 +161,7 @@ def _llama3(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     if file.shape(LLAMA3_FACTORS) != (head_dim // 2,):
         raise _odd_factors(file, f"has shape {list(file.shape(LLAMA3_FACTORS))}, not [{head_dim // 2}]")
     divisors = file.weights(LLAMA3_FACTORS).astype(np.float64)
-    factor = float(divisors.max())
+    factor = round(float(divisors.max()), 4)
     if np.allclose(divisors, 1.0):
         return {"rope_type": "default"}
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -172,7 +179,7 @@ def _llama3(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
         raise _odd_factors(file, "is not of Llama 3's scaling")
     return {
         "rope_type": "llama3",
-        "factor": float(str(np.float32(factor))),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": high,
         "original_max_position_embeddings": original,

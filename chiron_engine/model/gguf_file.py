@@ -14,7 +14,18 @@ from chiron_engine.model.errors import ModelError
 _MAGIC = (b"GGUF", b"FUGG")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
 # What the reader raises, by where a damaged file is cut or what its counts claim.
-_UNREADABLE = (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+_UNREADABLE = (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError)
+
+
+class _Reader(gguf.GGUFReader):
+    """Stops at the file's end, where the library goes on with empty values for as long as a damaged
+    count says."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
+        values = super()._get(offset, dtype, count, **order)
+        if len(values) < count:
+            raise ValueError(f"it ends before its byte {offset} is reached")
+        return values
 
 
 class GgufFile:
@@ -24,7 +35,7 @@ class GgufFile:
         self.name = path.name
         _refuse_other(path)
         try:
-            reader = gguf.GGUFReader(str(path))
+            reader = _Reader(str(path))
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
         except _UNREADABLE as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -51,6 +62,13 @@ class GgufFile:
         value = self._fields.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.fail(f"{key} must be an integer, not {_shown(value)}")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """An integer that is at least 1."""
+        value = self.integer(key, default)
+        if value < 1:
+            raise self.fail(f"{key} must be positive, not {value}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -22,8 +22,8 @@ class LLM(OfflineEngine):
             print(output.text)
 
     model: a Hugging Face directory or id, a .gguf file, or `smollm2`; or a whole EngineConfig. options:
-    fields of EngineConfig; limits are fixed unless `local_autoscaler` says otherwise. progress(phase, fraction):
-    called while the model loads.
+    fields of EngineConfig; limits are fixed unless `local_autoscaler` says otherwise.
+    progress(phase, fraction): called while the model loads.
 
     Raises ModelError where the model cannot be loaded, MemoryError where it does not fit,
     ValueError for an option outside its range.

@@ -20,14 +20,14 @@ Quantise = gguf.GGMLQuantizationType
 @dataclass
 class Recipe:
     """What to write. skip: tensors left out; more: tensors besides; quantise: the type of the layers'
-    matrices; keys: metadata besides, or in place of what is written otherwise."""
+    matrices; more_keys: writes metadata besides; pre: how text is split; tokenizer: writes all of the
+    tokenizer's metadata, in place of a byte-level one's."""
 
     arch: str
     skip: tuple[str, ...] = ()
     more: dict[str, np.ndarray] = field(default_factory=dict)
     quantise: Quantise | None = None
-    raw_type: Quantise | None = None
-    rope: Callable[[gguf.GGUFWriter], None] = lambda writer: None
+    more_keys: Callable[[gguf.GGUFWriter], None] = lambda writer: None
     pre: str | None = "qwen2"
     tokenizer: Callable[[gguf.GGUFWriter], None] | None = None
 
@@ -47,7 +47,7 @@ def write_gguf(file: Path, model: Any, recipe: Recipe) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    recipe.rope(writer)
+    recipe.more_keys(writer)
     (recipe.tokenizer or byte_level(recipe.pre))(writer)
     for name, value in gguf_tensors(model, recipe.arch).items():
         if name not in recipe.skip:
