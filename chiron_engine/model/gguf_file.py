@@ -21,8 +21,8 @@ class _Reader(gguf.GGUFReader):
     """Stops at the file's end, where the library goes on with empty values for as long as a damaged
     count says."""
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
-        values = super()._get(offset, dtype, count, **order)
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        values = super()._get(offset, dtype, count, override_order)
         if len(values) < count:
             raise ValueError(f"it ends before its byte {offset} is reached")
         return values

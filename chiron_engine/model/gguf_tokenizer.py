@@ -138,7 +138,8 @@ class GgufTokenizer:
         named = [self._named["eos"], self._id("eot"), self._id("eom")]
         ends = [i for i in named if i is not None]
         for i, (token, kind) in enumerate(zip(self._tokens, self._kinds, strict=True)):
-            if kind == _CONTROL and token in _ENDS:
+            # What stands for unknown text is no end, whatever it is called (SmolLM2's <|endoftext|>).
+            if kind == _CONTROL and token in _ENDS and i != self._named["unk"]:
                 ends.append(i)
         return list(dict.fromkeys(ends))
 
