@@ -9,7 +9,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from conftest import TINY
+
+from tests.model.tiny_config import TINY
 
 SIZE = TINY["vocab_size"]
 TOKENS = ["<|end|>", "<s>", "</s>", "<think>", *map(chr, range(33, 123)), "Ġ", "ab"]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.loader import load_model
 from chiron_engine.model.source import resolve_model
+from tests.model.tiny_config import TINY
 
 WEIGHTS = "model.safetensors"
 

@@ -13,7 +13,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from gguf_files import SIZE, TOKENS, Quantise, Recipe, write_gguf
 from packed import eager_logits, paged_logits, random_prompts, relative_error
 from tokenizers import Tokenizer
@@ -25,6 +24,7 @@ from chiron_engine.model.errors import ModelError
 from chiron_engine.model.loader import load_model
 from chiron_engine.model.native import LlamaModel
 from chiron_engine.model.source import resolve_model
+from tests.model.tiny_config import TINY
 
 CPU = torch.device("cpu")
 CLASSES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}

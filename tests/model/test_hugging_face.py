@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
 from packed import eager_logits, paged_logits, random_prompts, relative_error
 
 from chiron_engine.model import self_check
@@ -16,6 +15,7 @@ from chiron_engine.model.attention import TorchAttention
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.hugging_face import HuggingFaceModel
 from chiron_engine.model.loader import load_model
+from tests.model.tiny_config import TINY
 
 Save = Callable[[Any], tuple[Any, Path]]
 CPU = torch.device("cpu")

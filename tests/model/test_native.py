@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
 from packed import eager_logits, paged_logits, random_prompts, relative_error
 
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.llama_config import parse_config
 from chiron_engine.model.loader import load_model
 from chiron_engine.model.native import LlamaModel
+from tests.model.tiny_config import TINY
 
 Save = Callable[[Any], tuple[Any, Path]]
 CPU = torch.device("cpu")
