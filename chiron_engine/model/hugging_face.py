@@ -21,6 +21,9 @@ from chiron_engine.model.hugging_face_config import context_length, layer_window
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.spec import ModelSpec
 
+# How RoBERTa and its kin make positions of tokens: they begin after the id of padding.
+_FROM_PADDING = "create_position_ids_from_input_ids"
+
 
 class PackedModel:
     """A Hugging Face model in memory, run on packed rows. Raises ModelError where its attention
@@ -32,6 +35,8 @@ class PackedModel:
         parameters = inspect.signature(type(model).forward).parameters
         if "position_ids" not in parameters:
             raise ModelError(f"{type(model).__name__} takes no position_ids: rows cannot be packed")
+        if any(hasattr(module, _FROM_PADDING) for module in model.modules()):
+            raise ModelError(f"{type(model).__name__} numbers positions from its padding id: not supported")
         self._keeps_logits = "logits_to_keep" in parameters
         self.layers = self._probe()
         self.windows = self._agreed_windows(layer_windows(model.config))
@@ -101,15 +106,11 @@ class HuggingFaceModel:
         attention: AttentionBackend,
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
-        from chiron_engine.model.self_check import check_architecture
-
         report = progress or (lambda phase, fraction: None)
         raw = read_json(path / CONFIG)
         config = _read_config(path, raw)
-        refuse_unsupported(config)
-        architecture = _supported_class(config).__name__
         report("self-check", 0.0)
-        check_architecture(config)
+        architecture = check_supported(config)
         report("load weights", 0.0)
         packed = PackedModel(_load(path, dtype, device), attention)
         report("load weights", 1.0)
@@ -135,6 +136,19 @@ class HuggingFaceModel:
     ) -> torch.Tensor:
         """As `CausalLM.forward`."""
         return self._packed.forward(input_ids, positions, batch, pool, sample_rows)
+
+
+def check_supported(config: Any) -> str:
+    """The class of `config`, once it is known to be served right. Raises ModelError, naming the
+    reason, where it is not."""
+    from chiron_engine.model.self_check import check_architecture
+
+    refuse_unsupported(config)
+    architecture: str = _supported_class(config).__name__
+    layer_windows(config)
+    context_length(config)
+    check_architecture(config)
+    return architecture
 
 
 def _read_config(path: Path, raw: dict[str, Any]) -> Any:

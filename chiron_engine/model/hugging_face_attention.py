@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from chiron_engine.model.attention import AttentionBackend, AttentionBatch
@@ -40,7 +41,10 @@ _HARMLESS = {
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What one layer asks of attention, seen on its first call."""
+    """What one layer asks of attention, seen on its first call.
+
+    geometry: as stored; keys and values of unlike size are both stored with the larger one.
+    """
 
     geometry: LayerGeometry
     window: int | None
@@ -59,13 +63,13 @@ class Probe:
         index, kind = layer_index(module), type(module).__name__
         if index in self.layers:
             raise ModelError(f"{kind} calls attention twice for layer {index}, which is not supported")
-        if v.shape != k.shape:
+        if v.shape[:-1] != k.shape[:-1]:
             raise ModelError(f"{kind} has keys {list(k.shape)} unlike values {list(v.shape)}")
         if q.shape[1] % k.shape[1]:
             raise ModelError(f"{kind} has {q.shape[1]} query heads for {k.shape[1]} key heads")
         window, softcap, sinks = (asked[name] for name in ("window", "softcap", "sinks"))
         self.layers[index] = LayerAttention(
-            LayerGeometry(k.shape[1], k.shape[3]), window, softcap, sinks is not None
+            LayerGeometry(k.shape[1], max(k.shape[3], v.shape[3])), window, softcap, sinks is not None
         )
         return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(1, 2)
 
@@ -84,9 +88,19 @@ class PagedForward:
 
     def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **asked: Any) -> Any:
         index = layer_index(module)
+        size = v.shape[-1]
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
+        if k.shape[-1] != size:
+            # As latent attention has it. Zeros change no score; those of the values are cut off again.
+            q, k, v = (_widened(tensor, max(k.shape[-1], size)) for tensor in (q, k, v))
         asked["window"] = self._windows[index]
-        return self._backend.attend(index, q, k, v, self._pool, self._batch, **asked)[None]
+        out = self._backend.attend(index, q, k, v, self._pool, self._batch, **asked)
+        return out[None, ..., :size]
+
+
+def _widened(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """[..., D] with zeros appended: [..., size]."""
+    return pad(tensor, (0, size - tensor.shape[-1]))
 
 
 FORWARD: ContextVar[Probe | PagedForward] = ContextVar("chiron_forward")
@@ -106,8 +120,8 @@ def paged_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, Hq, T, D], key and value [1, Hkv, T, D]; returns ([1, T, Hq, D], None). Raises
-    ModelError for an option that is not implemented."""
+    """query [1, Hq, T, D], key [1, Hkv, T, D] and value [1, Hkv, T, V]; returns ([1, T, Hq, V], None).
+    Raises ModelError for an option that is not implemented."""
     unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
     if unknown:
         raise ModelError(f"{type(module).__name__} asks attention for {unknown[0]}, which is not supported")

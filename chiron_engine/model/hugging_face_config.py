@@ -7,7 +7,7 @@ from typing import Any
 
 from chiron_engine.model.errors import ModelError
 
-_LATENT = ("kv_lora_rank", "q_lora_rank")
+_OTHER_MEDIA = ("text_config", "vision_config", "audio_config", "audio_encoder_config")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx", "seq_length")
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
@@ -17,13 +17,11 @@ def refuse_unsupported(config: Any) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{kind} is an encoder-decoder: only decoders are supported")
-    if getattr(config, "text_config", None) is not None:
-        raise ModelError(f"{kind} is multimodal (text_config): only text models are supported")
+    media = [name for name in _OTHER_MEDIA if getattr(config, name, None) is not None]
+    if media:
+        raise ModelError(f"{kind} is multimodal ({media[0]}): only text models are supported")
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{kind}: quantization_config: quantised checkpoints are not supported")
-    latent = [name for name in _LATENT if getattr(config, name, None)]
-    if latent:
-        raise ModelError(f"{kind} has latent attention ({latent[0]}), which is not supported")
     unknown = set(getattr(config, "layer_types", None) or ()) - {_FULL, _SLIDING, _CHUNKED}
     if unknown:
         raise ModelError(f"{kind} has layers of type {sorted(unknown)[0]!r}, which are not supported")

@@ -24,18 +24,21 @@ from transformers.utils import logging as transformers_logging
 from chiron_engine.model import hugging_face_attention
 from chiron_engine.model.attention import AttentionBatch, ChunkRows, TorchAttention
 from chiron_engine.model.cache import cache_dir
-from chiron_engine.model.errors import ModelError
+from chiron_engine.model.errors import ModelError, UncheckedModel
 from chiron_engine.model.hugging_face import PackedModel
 from chiron_engine.model.kv_pool import KvPool
 
 log = logging.getLogger(__name__)
 
 # Raise it with every change of what is checked.
-CHECK = 1
+CHECK = 2
 TOLERANCE = 2e-4
 _BLOCK_SIZE = 4
+# The last so many layers take the keys and values of the last other layer of their kind.
+_SHARED = "num_kv_shared_layers"
 _LENGTHS = (37, 9, 22)
 _SHORT_WINDOW = 6
+_LOW_CAP = 1.0
 _SMALLER = {
     "vocab_size": 256,
     "vocab_size_per_layer_input": 256,
@@ -95,7 +98,7 @@ def _check(config: Any) -> _Verdict:
     except ModelError as error:
         return _Verdict(0.0, str(error))
     except Exception as error:  # whatever a class raises on packed rows; not a verdict to keep
-        raise ModelError(f"{config.model_type} fails its self-check: {error!r}") from error
+        raise UncheckedModel(f"{config.model_type} fails its self-check: {error!r}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -119,16 +122,22 @@ def _cut(config: Any, sizes: dict[str, int]) -> Any:
     small = copy.deepcopy(config)
     kinds = getattr(small, "layer_types", None)
     layers = min(small.num_hidden_layers, _layers_needed(kinds))
-    small.num_hidden_layers = layers
+    shared = bool(getattr(small, _SHARED, 0))
+    if shared:
+        setattr(small, _SHARED, layers)
+    small.num_hidden_layers = layers * (1 + shared)
     if kinds is not None:
-        small.layer_types = kinds[:layers]
+        small.layer_types = kinds[:layers] * (1 + shared)
     if getattr(small, "sliding_window", None):
         small.sliding_window = _SHORT_WINDOW
+    if getattr(small, "attn_logit_softcapping", None):
+        small.attn_logit_softcapping = _LOW_CAP
     for name, size in sizes.items():
         if isinstance(getattr(small, name, None), int):
             setattr(small, name, min(size, getattr(small, name)))
-    if sizes:
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        token = getattr(small, name, None)
+        if isinstance(token, int) and token >= small.vocab_size:
             setattr(small, name, None)
     # Queries and keys of unit size, so that attention is far from uniform and a wrong position shows.
     for name in ("initializer_range", "init_std"):

@@ -28,6 +28,20 @@ GPT2 = {
     "n_positions": 128,
     "initializer_range": 0.18,
 }
+LATENT = TINY | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "softcap, alternating windows": (
         "Gemma2Config",
@@ -56,6 +70,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
     ),
+    "keys shared among layers": (
+        "Gemma4TextConfig",
+        TINY
+        | {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 6,
+            "vocab_size_per_layer_input": 96,
+            "hidden_size_per_layer_input": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "latent, values narrower than keys": ("DeepseekV3Config", LATENT | {"v_head_dim": 8}),
+    "latent, values wider than keys": ("DeepseekV3Config", LATENT | {"v_head_dim": 24}),
     "window only in the mask": (
         "PhimoeConfig",
         TINY | {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -97,16 +127,28 @@ def test_equals_the_native_decoder(save_tiny: Save) -> None:
     assert relative_error(paged_logits(native, prompts), paged_logits(through_class, prompts)) < 1e-5
 
 
-LATENT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+BERT = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "recurrent": (
         "MambaConfig",
         {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1},
         "linear_attention",
     ),
-    "latent": ("DeepseekV3Config", LATENT, "kv_lora_rank"),
+    "positions from padding": ("RobertaConfig", BERT | {"is_decoder": True}, "padding id"),
+    "several media": ("Phi4MultimodalConfig", {}, "vision_config"),
+    "window without a size": (
+        "Cohere2Config",
+        TINY | {"sliding_window": None, "layer_types": ["sliding_attention"] * 3},
+        "sliding_window",
+    ),
     "encoder-decoder": ("T5Config", {}, "encoder-decoder"),
-    "bidirectional": ("BertConfig", LATENT | {"num_attention_heads": 4}, "causal"),
+    "bidirectional": ("BertConfig", BERT, "causal"),
     "learned mask": ("DogeConfig", TINY, "causal attention"),
     "attention twice a layer": ("DiffLlamaConfig", TINY, "twice"),
     "chunked": (
