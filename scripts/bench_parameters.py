@@ -51,7 +51,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "logit_bias": {"ignore_eos": True, "logit_bias": {token: -1.0 for token in range(100, 400)}},
     "logprobs": {"ignore_eos": True, "logprobs": 5},
     "json_schema": {"json_schema": SCHEMA},
-    "regex": {"regex": "([a-z]{2,8} ){500}"},
+    "regex": {"regex": "([a-z]+ )+"},
+    "counted_regex": {"regex": "([a-z]{2,8} ){500}"},
 }
 
 
