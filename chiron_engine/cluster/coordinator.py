@@ -27,7 +27,6 @@ from chiron_engine.policy.fleet.messages import (
     FleetResized,
     Forget,
     InstanceLost,
-    InstanceSpec,
     Launch,
     Reject,
     RequestArrived,
@@ -40,7 +39,6 @@ from chiron_engine.policy.fleet.messages import (
     Tick,
 )
 from chiron_engine.policy.fleet.resize import resized
-from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.rpc.errors import RpcFailure, exhausted, internal, invalid_argument, unavailable
 from chiron_engine.rpc.token_stream import TokenStream
 from chiron_engine.rpc.v1 import coordinator_pb2, engine_pb2, types_pb2
@@ -51,6 +49,7 @@ from .event_log import EventLog
 from .fleet_counters import FleetCounters
 from .fleet_requests import AskedRequest, asked_by, fleet_request
 from .gateway_line import GatewayLine
+from .register_checks import instance_spec
 from .remote_stream import RemoteStream, RoutedStream
 
 log = logging.getLogger(__name__)
@@ -396,7 +395,7 @@ class Coordinator:
 
     def first_registered(self, register: coordinator_pb2.Register, load_s: float) -> None:
         """From now on the policy rules."""
-        spec, now = _spec(register, load_s), self.clock()
+        spec, now = instance_spec(register, load_s), self.clock()
         if (reason := target_out_of_reach(spec, self.config)) is not None:
             log.warning("%s; requests are served with longer gaps", reason)
         autoscaler = make_global_autoscaler(self._policy, self.config, spec)
@@ -482,23 +481,6 @@ def _known_tokens(stream: RoutedStream) -> int:
     if isinstance(stream, RemoteStream):
         return max(1, stream.output_tokens)
     return stream.output_tokens
-
-
-def _spec(register: coordinator_pb2.Register, load_s: float) -> InstanceSpec:
-    costs = register.costs
-    return InstanceSpec(
-        costs=StepCosts(
-            costs.base_s,
-            costs.per_request_s,
-            costs.per_kv_token_s,
-            costs.per_prompt_token_s,
-            costs.per_prompt_context_s,
-        ),
-        kv_capacity_tokens=register.kv_capacity_tokens,
-        max_slots=register.max_slots,
-        max_model_len=register.max_model_len,
-        load_s=load_s,
-    )
 
 
 async def _refuse(start: StartStream, effect: Reject) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from chiron_engine.policy.fleet.messages import InstanceSpec
+from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.rpc.errors import RpcFailure, invalid_argument
 from chiron_engine.rpc.v1 import coordinator_pb2
 
@@ -28,6 +30,24 @@ def check_register(register: coordinator_pb2.Register) -> None:
             raise _wrong(f"costs.{name} is {value}; it must be finite and not negative")
     if register.costs.base_s == 0.0:
         raise _wrong("costs.base_s is 0; it must be the seconds that a step takes at least")
+
+
+def instance_spec(register: coordinator_pb2.Register, load_s: float) -> InstanceSpec:
+    """What an instance like this one can do. load_s: seconds until it could."""
+    costs = register.costs
+    return InstanceSpec(
+        costs=StepCosts(
+            costs.base_s,
+            costs.per_request_s,
+            costs.per_kv_token_s,
+            costs.per_prompt_token_s,
+            costs.per_prompt_context_s,
+        ),
+        kv_capacity_tokens=register.kv_capacity_tokens,
+        max_slots=register.max_slots,
+        max_model_len=register.max_model_len,
+        load_s=load_s,
+    )
 
 
 def _check_address(address: str) -> None:
