@@ -6,6 +6,7 @@ under way ahead of it, a step with guided rows waits for the one before.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -20,6 +21,8 @@ from chiron_engine.policy.iteration.request import Request
 from chiron_engine.policy.iteration.sampling_params import Guide
 
 from .uploads import IntArray, upload_array
+
+log = logging.getLogger(__name__)
 
 KEPT = 64
 WORD_BITS = 32
@@ -61,12 +64,7 @@ class GuideCompiler:
         return self._kept(guide)
 
     def _compile(self, guide: Guide) -> CompiledGuide:
-        tokenizer = self._read_tokenizer()
-        try:
-            grammar = GRAMMARS[guide.kind](guide.text)
-        except ValueError as error:
-            raise ValueError(f"{guide.kind} cannot be read: {error}") from None
-        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self._read_tokenizer(), GRAMMARS[guide.kind](guide.text), log_level=0)
         if matcher.is_error():
             raise ValueError(f"{guide.kind} cannot be followed: {_first_line(matcher.get_error())}")
         return CompiledGuide(matcher)
@@ -85,25 +83,25 @@ class GuidedRows:
     """The rows of one batch that follow a guide, for as long as they are the same requests."""
 
     def __init__(
-        self, rows: list[int], matchers: list[LLMatcher], decode_slots: Tensor, vocab_size: int
+        self, rows: Tensor, matchers: list[LLMatcher], decode_slots: Tensor, vocab_size: int
     ) -> None:
-        """decode_slots: of those rows that decode, which come first."""
+        """rows: int64 [G]. decode_slots: of those rows that decode, which come first."""
         self._rows = rows
         self._matchers = matchers
         self._decode_slots = decode_slots
-        self._masks = np.empty((len(rows), -(-vocab_size // WORD_BITS)), np.int32)
+        self._masks = np.empty((len(matchers), -(-vocab_size // WORD_BITS)), np.int32)
 
     def apply(self, logits: Tensor, last_tokens: Tensor) -> None:
         """Take what a guide forbids out of `logits` [rows, vocab]. last_tokens: int64 [slots], sampled
         last. To be called once for each token of a row, in order."""
         sampled = last_tokens[self._decode_slots].tolist()
         for matcher, token in zip(self._matchers, sampled, strict=False):
-            matcher.consume_token(token)
+            if not matcher.consume_token(token):  # all that it allows from now on is the end
+                log.warning("an output left its guide and ends: %s", _first_line(matcher.get_error()))
         for mask, matcher in zip(self._masks, self._matchers, strict=True):
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        rows = torch.tensor(self._rows, device=logits.device)
         forbidden = forbidden_tokens(upload_array(self._masks, logits.device), logits.shape[1])
-        logits[rows] = logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf)
+        logits[self._rows] = logits.index_select(0, self._rows).masked_fill_(forbidden, -torch.inf)
 
 
 class GuideTable:
@@ -135,7 +133,7 @@ class GuideTable:
             return None
         decode_slots = np.array([slot for row, slot in found if row < num_decodes], np.int64)
         return GuidedRows(
-            [row for row, _ in found],
+            upload_array(np.array([row for row, _ in found], np.int64), self._device),
             [self._matchers[slot] for _, slot in found],
             upload_array(decode_slots, self._device),
             self._vocab_size,

@@ -151,6 +151,19 @@ def test_what_came_from_other_engines_counts(model: Path) -> None:
         assert (logits[0] == 0).nonzero().flatten().tolist() == [expected]
 
 
+def test_an_output_that_leaves_its_guide_ends(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As one whose guide has become too much work does: nothing of the step fails."""
+    table, tokens = GuideTable(END + 1, torch.device("cpu")), np.array([1], np.int64)
+    compiled = GuideCompiler(model, END + 1, [END]).compile(Guide("regex", COLOURS))
+    table.set(0, Request(1, [1], SamplingParams(regex=COLOURS), 30, guide=compiled), tokens)
+    rows = table.rows(np.array([0]), 1)
+    assert rows is not None
+    logits = torch.zeros(1, END + 1)
+    rows.apply(logits, torch.tensor([ord("z")]))
+    assert (logits[0] == 0).nonzero().flatten().tolist() == [END]
+    assert "an output left its guide and ends: Parser Error" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
