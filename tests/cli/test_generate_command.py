@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def test_an_output_follows_a_guide_here_and_there(tiny_llama: Path, server: str,
     refused = chiron("generate", "--server", server, "--regex", "((", "hello")
     assert refused.returncode == 2
     assert "regex cannot be followed" in refused.stderr
-    missing = chiron("generate", "--server", server, "--regex", "@/no/such/file", "hello")
+    handle = chiron("generate", "--server", server, "--max-tokens", "9", "--regex", "@[a-c]{2}", "hello")
+    assert re.fullmatch("@[a-c]{2}\n", handle.stdout)
+    missing = chiron("generate", "--server", server, "--grammar", "@/no/such/file", "hello")
     assert missing.returncode == 2
     assert "cannot read /no/such/file" in missing.stderr
 
