@@ -85,7 +85,8 @@ def test_requests_of_two_gateways_share_the_fleet_and_count_once() -> None:
     asyncio.run(check())
 
 
-def test_streams_go_on_elsewhere_when_their_engine_is_lost() -> None:
+@pytest.mark.parametrize("how", ["lost", "retired"])
+def test_streams_go_on_elsewhere_when_their_engine_ends(how: str) -> None:
     async def check() -> None:
         async with (
             running_fleet(config(min_instances=2), initial=2) as fleet,
@@ -95,26 +96,14 @@ def test_streams_go_on_elsewhere_when_their_engine_is_lost() -> None:
             prompts = [[index + 1] * 20 for index in range(16)]
             tasks = [asyncio.create_task(generate(client, prompt, 150)) for prompt in prompts]
             await asyncio.sleep(0.3)
-            fleet.launcher.tasks[busiest(fleet)].cancel()
+            if how == "lost":
+                fleet.launcher.tasks[busiest(fleet)].cancel()
+            else:
+                fleet.coordinator.retire(busiest(fleet))
             assert await asyncio.gather(*tasks) == [expected(prompt, 150) for prompt in prompts]
-            assert fleet.coordinator.counters.losses == 1
-
-    asyncio.run(check())
-
-
-def test_retiring_an_engine_moves_what_runs_there() -> None:
-    async def check() -> None:
-        async with (
-            running_fleet(config(min_instances=2), initial=2) as fleet,
-            apart_gateway(fleet.launcher.address) as (client, _),
-        ):
-            await fleet.wait_for(lambda: fleet.coordinator.num_ready == 2)
-            prompts = [[index + 1] * 20 for index in range(16)]
-            tasks = [asyncio.create_task(generate(client, prompt, 150)) for prompt in prompts]
-            await asyncio.sleep(0.3)
-            fleet.coordinator.retire(busiest(fleet))
-            assert await asyncio.gather(*tasks) == [expected(prompt, 150) for prompt in prompts]
-            assert sum(fleet.coordinator.counters.evictions.values()) > 0
+            counters = fleet.coordinator.counters
+            assert counters.losses == (how == "lost")
+            assert (sum(counters.evictions.values()) > 0) == (how == "retired")
 
     asyncio.run(check())
 
