@@ -33,7 +33,7 @@ setup(
         *find_packages("kernels", include=["chiron_kernels", "chiron_kernels.*"]),
     ],
     package_dir={"chiron_kernels": "kernels/chiron_kernels"},
-    package_data={"chiron_engine": ["py.typed", "sim/data/**/*"]},
+    package_data={"chiron_engine": ["py.typed", "sim/data/**/*"], "chiron_kernels": ["cpu/source/*"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",

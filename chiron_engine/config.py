@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 GIB = 1 << 30
 DEVICE_NUMBER = re.compile(r"(?<=^cuda:)\d+$", re.ASCII)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 EXECUTORS = ("torch", "simulated")
 
@@ -16,8 +16,8 @@ EXECUTORS = ("torch", "simulated")
 class EngineConfig:
     """One engine. Names follow vLLM's flags where the meaning is the same.
 
-    model: a Hugging Face directory or id, a .gguf file, or `smollm2`. dtype: auto, float32 or bfloat16
-    (float16 on CUDA). device: auto, cpu, cuda or cuda:N. block_size: tokens a KV block holds.
+    model: a Hugging Face directory or id, a .gguf file, or `smollm2`. dtype: auto, float32, bfloat16,
+    float16 (CUDA) or int8 (CPU). device: auto, cpu, cuda or cuda:N. block_size: tokens a KV block holds.
     kv_cache_memory: bytes of the device KV pool; None takes a share of what is free
     (`gpu_memory_utilization` of the device on CUDA). swap_space: bytes of the host KV tier.
     max_model_len: None takes the model's own context length.

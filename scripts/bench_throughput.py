@@ -142,7 +142,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     best = statistics.median(run.output_tokens_per_s for run in runs)
     result: dict[str, Any] = {
         "model": spec.name,
-        "dtype": str(executor.model.dtype).removeprefix("torch."),
+        "dtype": executor.model.precision.name,
         "device": str(executor.device),
         "requests": arguments.requests,
         "prompt_tokens": arguments.prompt_tokens,

@@ -19,6 +19,7 @@ from chiron_engine.model.errors import ModelError
 from chiron_engine.model.hugging_face_attention import FORWARD, LayerAttention, PagedForward, Probe
 from chiron_engine.model.hugging_face_config import context_length, layer_windows, refuse_unsupported
 from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.precision import Precision
 from chiron_engine.model.spec import ModelSpec
 
 # How RoBERTa and its kin make positions of tokens: they begin after the id of padding.
@@ -101,7 +102,7 @@ class HuggingFaceModel:
         self,
         path: Path,
         *,
-        dtype: torch.dtype,
+        precision: Precision,
         device: torch.device,
         attention: AttentionBackend,
         progress: Callable[[str, float], None] | None = None,
@@ -112,9 +113,9 @@ class HuggingFaceModel:
         report("self-check", 0.0)
         architecture = check_supported(config)
         report("load weights", 0.0)
-        packed = PackedModel(_load(path, dtype, device), attention)
+        packed = PackedModel(_load(path, precision.compute, device), attention)
         report("load weights", 1.0)
-        self.dtype = dtype
+        self.precision = precision
         self._packed = packed
         self.spec = ModelSpec(
             name=model_name(path),

@@ -1,11 +1,15 @@
-"""The one linear layer of the native decoder."""
+"""The linear layers of the native decoder."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 import torch
+from chiron_kernels.cpu.int8_linear import int8_linear, pack_int8
 from torch.nn.functional import linear
+
+from chiron_engine.model.errors import ModelError
 
 # Rows for which oneDNN chooses the layout of packed weights; other counts use the same layout.
 _PACKED_FOR_ROWS = 32
@@ -42,6 +46,23 @@ class Linear:
         if self._packed:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return linear(x, self._weight, self._bias)
+
+
+class Int8Linear:
+    """The same with weights and activations of 8 bits, on a CPU with VNNI. What a row gives depends on
+    that row alone, bit for bit."""
+
+    __slots__ = ("_kernels", "_weight")
+
+    def __init__(self, kernels: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._kernels = kernels
+        try:
+            self._weight = pack_int8(weight, bias)
+        except ValueError as error:
+            raise ModelError(f"cannot round the model to int8: {error}") from None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return int8_linear(self._kernels, x, self._weight)
 
 
 def can_pack(weight: torch.Tensor) -> bool:

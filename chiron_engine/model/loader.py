@@ -8,10 +8,14 @@ from typing import Protocol
 
 import torch
 
-from chiron_engine.model.attention import AttentionBatch, TorchAttention
+from chiron_engine.model.attention import AttentionBackend, AttentionBatch, TorchAttention
+from chiron_engine.model.compiled_attention import CompiledAttention
+from chiron_engine.model.cpu_kernels import kernels_for, why_not_int8
 from chiron_engine.model.directory import CONFIG, check_directory, read_json
+from chiron_engine.model.errors import ModelError
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.llama_config import ARCHITECTURES, architecture_of
+from chiron_engine.model.precision import BFLOAT16, FLOAT32, INT8, Precision
 from chiron_engine.model.spec import ModelSpec
 
 
@@ -19,7 +23,7 @@ class CausalLM(Protocol):
     """A decoder over packed rows and paged KV."""
 
     spec: ModelSpec
-    dtype: torch.dtype
+    precision: Precision
 
     def forward(
         self,
@@ -37,27 +41,42 @@ class CausalLM(Protocol):
 def load_model(
     path: Path,
     *,
-    dtype: torch.dtype,
+    precision: Precision,
     device: torch.device,
     progress: Callable[[str, float], None] | None = None,
 ) -> CausalLM:
-    """Load the model in directory `path`. Raises ModelError where it is broken or not supported."""
+    """Load the model in directory `path`. Raises ModelError where it is broken or not supported, also
+    in this precision."""
     check_directory(path)
-    if architecture_of(read_json(path / CONFIG)) in ARCHITECTURES:
+    attention = _attention_for(device)
+    if is_native(path):
         from chiron_engine.model.native import LlamaModel
 
-        return LlamaModel(path, dtype=dtype, device=device, attention=TorchAttention(), progress=progress)
+        return LlamaModel(path, precision=precision, device=device, attention=attention, progress=progress)
+    if precision.int8_weights:
+        architecture = architecture_of(read_json(path / CONFIG))
+        raise ModelError(
+            f"dtype int8 is for {', '.join(ARCHITECTURES)}, not for {architecture}; take float32 or bfloat16"
+        )
     from chiron_engine.model.hugging_face import HuggingFaceModel
 
-    return HuggingFaceModel(path, dtype=dtype, device=device, attention=TorchAttention(), progress=progress)
+    return HuggingFaceModel(path, precision=precision, device=device, attention=attention, progress=progress)
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """What dtype `auto` means: float32 on the CPU, where it is also what repeats a resumed stream
-    token for token, and bfloat16 elsewhere.
+def is_native(path: Path) -> bool:
+    """Whether the model in directory `path` runs without transformers."""
+    return architecture_of(read_json(path / CONFIG)) in ARCHITECTURES
 
-    Measured on 2 AVX-512 cores without matrix tiles (SmolLM2, ms of CPU time for one forward pass at
-    1/8/32/64 decoding rows of context 160, then a 512-token prompt): float32 54/82/165/288, 947;
-    bfloat16 37/66/172/326, 1,200. Above 32 rows and for prompts float32 wins.
-    """
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+def _attention_for(device: torch.device) -> AttentionBackend:
+    kernels = kernels_for(device)
+    return TorchAttention() if kernels is None else CompiledAttention(kernels)
+
+
+def default_precision(path: Path, device: torch.device) -> Precision:
+    """What dtype `auto` means for the model in directory `path`: bfloat16 on a GPU; on the CPU int8 where
+    it can run, which is the fastest and loses next to nothing (docs/cpu.md), else float32. bfloat16 is
+    slower than float32 on a CPU without matrix tiles from some 32 rows on."""
+    if device.type != "cpu":
+        return BFLOAT16
+    return INT8 if is_native(path) and why_not_int8(device) is None else FLOAT32

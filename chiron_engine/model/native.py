@@ -6,20 +6,26 @@ request; where its keys and values live is the attention backend's business.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.functional import embedding, rms_norm, silu
+from torch.nn.functional import embedding, rms_norm
 
 from chiron_engine.model.attention import AttentionBackend, AttentionBatch
 from chiron_engine.model.checkpoint import Checkpoint
+from chiron_engine.model.cpu_kernels import kernels_for
+from chiron_engine.model.decoder_ops import CompiledOps, DecoderOps, TorchOps
 from chiron_engine.model.directory import CONFIG, eos_token_ids, model_name, read_json
 from chiron_engine.model.kv_pool import KvPool
-from chiron_engine.model.linear import Linear
+from chiron_engine.model.linear import Int8Linear, Linear
 from chiron_engine.model.llama_config import LlamaConfig, parse_config
-from chiron_engine.model.rope import Rope, rotate
+from chiron_engine.model.precision import Precision
+from chiron_engine.model.rope import Rope
 from chiron_engine.model.spec import LayerGeometry, ModelSpec
+
+MakeLinear = Callable[..., Linear | Int8Linear]
 
 
 class LlamaLayer:
@@ -28,17 +34,19 @@ class LlamaLayer:
 
     __slots__ = ("down", "gate_up", "input_norm", "k_norm", "mlp_norm", "output", "q_norm", "qkv", "window")
 
-    def __init__(self, config: LlamaConfig, index: int, weights: Checkpoint) -> None:
+    def __init__(self, config: LlamaConfig, index: int, weights: Checkpoint, make_linear: MakeLinear) -> None:
         prefix = f"model.layers.{index}."
         hidden, dim = config.hidden_size, config.head_dim
         query, key = config.heads * dim, config.kv_heads * dim
 
-        def packed(block: str, rows: dict[str, int], columns: int, bias: bool) -> Linear:
+        def packed(block: str, rows: dict[str, int], columns: int, bias: bool) -> Linear | Int8Linear:
             names = [f"{prefix}{block}.{name}_proj" for name in rows]
             weight = weights.stack([f"{n}.weight" for n in names], [(r, columns) for r in rows.values()])
             if not bias:
-                return Linear(weight)
-            return Linear(weight, weights.stack([f"{n}.bias" for n in names], [(r,) for r in rows.values()]))
+                return make_linear(weight)
+            return make_linear(
+                weight, weights.stack([f"{n}.bias" for n in names], [(r,) for r in rows.values()])
+            )
 
         self.window = config.windows[index]
         self.input_norm = weights.read(f"{prefix}input_layernorm.weight", (hidden,))
@@ -61,14 +69,14 @@ class LlamaModel:
         self,
         path: Path,
         *,
-        dtype: torch.dtype,
+        precision: Precision,
         device: torch.device,
         attention: AttentionBackend,
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
         raw = read_json(path / CONFIG)
         self.config = config = parse_config(raw)
-        self.dtype = dtype
+        self.precision = precision
         self.spec = ModelSpec(
             name=model_name(path),
             architecture=config.architecture,
@@ -78,20 +86,22 @@ class LlamaModel:
             eos_token_ids=eos_token_ids(path, raw),
             path=path,
         )
-        weights = Checkpoint(path, dtype, device)
+        weights = Checkpoint(path, precision.compute, device)
+        make_linear = _linear_of(precision, device)
         table = (config.vocab_size, config.hidden_size)
         self._embedding = weights.read("model.embed_tokens.weight", table)
         # Packed apart from the table even where the two are tied: the table is then only looked up in,
         # and stays a view of the file where the file has the dtype asked for.
-        self._head = Linear(
+        self._head = make_linear(
             self._embedding if config.tied_embeddings else weights.read("lm_head.weight", table)
         )
         self._norm = weights.read("model.norm.weight", (config.hidden_size,))
-        self._rope = Rope(config.rope, dtype, device)
+        self._rope = Rope(config.rope, precision.compute, device)
         self._attention = attention
+        self._ops = _ops_of(precision, device)
         self._layers = []
         for index in range(config.num_layers):
-            self._layers.append(LlamaLayer(config, index, weights))
+            self._layers.append(LlamaLayer(config, index, weights, make_linear))
             if progress is not None:
                 progress("load weights", (index + 1) / config.num_layers)
         weights.check_all_read(_is_derived)
@@ -109,12 +119,16 @@ class LlamaModel:
         self._attention.begin(batch, pool)
         angles = self._rope.angles(positions)
         x = embedding(input_ids, self._embedding)
+        ops, eps = self._ops, self.config.norm_eps
+        delta = None
         for index, layer in enumerate(self._layers):
-            x = x + self._attend(index, layer, self._normalise(x, layer.input_norm), angles, batch, pool)
-            gate, up = layer.gate_up(self._normalise(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x = x + layer.down(silu(gate) * up)
-        x = self._normalise(x[sample_rows], self._norm)
-        return self._head(x).float()
+            x, normed = ops.add_norm(x, delta, layer.input_norm, eps)
+            delta = self._attend(index, layer, normed, angles, batch, pool)
+            x, normed = ops.add_norm(x, delta, layer.mlp_norm, eps)
+            delta = layer.down(ops.gated_silu(layer.gate_up(normed)))
+        last = None if delta is None else delta[sample_rows]
+        _, normed = ops.add_norm(x[sample_rows], last, self._norm, eps)
+        return self._head(normed).float()
 
     def _attend(
         self,
@@ -126,18 +140,33 @@ class LlamaModel:
         pool: KvPool,
     ) -> torch.Tensor:
         config = self.config
+        queries, keys = config.heads, config.kv_heads
         qkv = layer.qkv(x).view(x.shape[0], -1, config.head_dim)
-        qk, v = qkv.split((config.heads + config.kv_heads, config.kv_heads), dim=1)
+        heads, v = qkv, qkv[:, queries + keys :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split((config.heads, config.kv_heads), dim=1)
-            qk = torch.cat((self._normalise(q, layer.q_norm), self._normalise(k, layer.k_norm)), dim=1)
-        q, k = rotate(qk, angles).split((config.heads, config.kv_heads), dim=1)
+            q, k = qkv[:, :queries], qkv[:, queries : queries + keys]
+            heads = torch.cat((self._normalise(q, layer.q_norm), self._normalise(k, layer.k_norm)), dim=1)
+        q, k = self._ops.rotated(heads, queries + keys, angles).split((queries, keys), dim=1)
         scale = config.head_dim**-0.5
         attended = self._attention.attend(index, q, k, v, pool, batch, scale, layer.window, None, None)
         return layer.output(attended.flatten(1))
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight.shape, weight, self.config.norm_eps)
+
+
+def _linear_of(precision: Precision, device: torch.device) -> MakeLinear:
+    if not precision.int8_weights:
+        return Linear
+    kernels = kernels_for(device)
+    if kernels is None:
+        raise ValueError(f"int8 weights need the compiled CPU kernels, which {device} does not have")
+    return functools.partial(Int8Linear, kernels)
+
+
+def _ops_of(precision: Precision, device: torch.device) -> DecoderOps:
+    kernels = kernels_for(device) if precision.compute == torch.float32 else None
+    return TorchOps() if kernels is None else CompiledOps(kernels)
 
 
 def _is_derived(name: str) -> bool:

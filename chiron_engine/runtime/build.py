@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from chiron_engine.config import EngineConfig
+from chiron_engine.model.cpu_kernels import why_not_int8
 from chiron_engine.model.kv_pool import KvPool
-from chiron_engine.model.loader import CausalLM, default_dtype, load_model
+from chiron_engine.model.loader import CausalLM, default_precision, load_model
+from chiron_engine.model.precision import PRECISIONS, Precision
 from chiron_engine.model.source import resolve_model
 from chiron_engine.model.spec import ModelSpec
 
@@ -23,7 +25,6 @@ from .trial_steps import run_largest_step, warm_up
 
 Progress = Callable[[str, float], None]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The torch attention backend gathers the KV of all decoding rows, one layer at a time, padded to
 # at most twice their length, and its kernels may copy what it gathered once more.
 GATHERED_LAYERS = 4
@@ -42,10 +43,10 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
     report = progress if progress is not None else _no_progress
     check_config(config)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     try:
-        model = _load(resolve_model(config.model, progress), dtype, device, report)
+        path = resolve_model(config.model, progress)
+        model = _load(path, resolve_precision(config.dtype, device, path), device, report)
         executor = _with_pools(config, model, device, report)
         report("warm up", 0.0)
         warm_up(executor)
@@ -91,29 +92,32 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Raises ValueError for a type this device does not compute in."""
+def resolve_precision(name: str, device: torch.device, path: Path) -> Precision:
+    """`auto` depends on the model in directory `path`. Raises ValueError for what this device does not
+    compute in."""
     if name == "auto":
-        return default_dtype(device)
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
+        return default_precision(path, device)
+    if name not in PRECISIONS:
+        raise ValueError(f"dtype is {name!r}; it must be auto, {', '.join(PRECISIONS)}")
     if name == "float16" and device.type == "cpu":
-        raise ValueError("dtype is float16, which is for CUDA; on the CPU take float32 or bfloat16")
-    return DTYPES[name]
+        raise ValueError("dtype is float16, which is for CUDA; on the CPU take float32, bfloat16 or int8")
+    if name == "int8" and (reason := why_not_int8(device)) is not None:
+        raise ValueError(f"dtype is int8, which cannot run here: {reason}; take float32 or bfloat16")
+    return PRECISIONS[name]
 
 
-def _load(path: Path, dtype: torch.dtype, device: torch.device, report: Progress) -> CausalLM:
+def _load(path: Path, precision: Precision, device: torch.device, report: Progress) -> CausalLM:
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if device.type == "cpu" and weights > (available := available_bytes()):
         raise OutOfMemory(f"loading {path.name}", weights, available, "take a smaller model")
-    return load_model(path, dtype=dtype, device=device, progress=report)
+    return load_model(path, precision=precision, device=device, progress=report)
 
 
 def _with_pools(
     config: EngineConfig, model: CausalLM, device: torch.device, report: Progress
 ) -> TorchExecutor:
     report("size KV cache", 0.0)
-    block_bytes = KvPool.block_bytes(config.block_size, model.spec.layers, model.dtype)
+    block_bytes = KvPool.block_bytes(config.block_size, model.spec.layers, model.precision.kv)
     if device.type == "cuda":
         pool_bytes = _cuda_pool_bytes(config, model, device)
     else:
@@ -130,7 +134,7 @@ def make_executor(
     config: EngineConfig, model: CausalLM, sizes: KvSizes, device: torch.device
 ) -> TorchExecutor:
     """Allocate the pools of these sizes."""
-    layers, dtype = model.spec.layers, model.dtype
+    layers, dtype = model.spec.layers, model.precision.kv
     pool = KvPool(sizes.device_blocks, config.block_size, layers, dtype, device)
     host = None
     if sizes.host_blocks:
@@ -182,7 +186,7 @@ def _mask_bytes(config: EngineConfig, model: CausalLM) -> int:
     """What the torch attention backend's mask takes for the largest chunk at the end of the longest
     context: an additive mask and two of truth values."""
     longest = min(config.max_model_len or model.spec.max_model_len, model.spec.max_model_len)
-    return min(config.max_num_batched_tokens, longest) * longest * (model.dtype.itemsize + 2)
+    return min(config.max_num_batched_tokens, longest) * longest * (model.precision.compute.itemsize + 2)
 
 
 def _largest_step_bytes(config: EngineConfig, model: CausalLM, device: torch.device) -> int:

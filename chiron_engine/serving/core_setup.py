@@ -70,7 +70,7 @@ def load_core(
         core=core,
         name=config.served_model_name or spec.name,
         architecture=spec.architecture,
-        dtype=str(executor.model.dtype).removeprefix("torch."),
+        dtype=executor.model.precision.name,
         eos_token_ids=spec.eos_token_ids,
         path=spec.path,
         costs=costs,

@@ -15,6 +15,7 @@ from chiron_engine.model.errors import ModelError, UncheckedModel
 from chiron_engine.model.hugging_face import HuggingFaceModel, check_supported
 from chiron_engine.model.llama_config import ARCHITECTURES
 from chiron_engine.model.loader import CausalLM, load_model
+from chiron_engine.model.precision import FLOAT32
 from scripts.family_sweep.exactness import difference
 from scripts.family_sweep.tiny_configs import default_fields, narrow_config, tiny_config
 
@@ -114,10 +115,10 @@ def _save_random(config: Any, folder: Path) -> Any:
 
 def _loaded(folder: Path, config: Any) -> list[CausalLM]:
     """The model as the engine loads it; a native one also through its class."""
-    model = load_model(folder, dtype=torch.float32, device=_CPU)
+    model = load_model(folder, precision=FLOAT32, device=_CPU)
     if model.spec.architecture not in ARCHITECTURES or isinstance(model, HuggingFaceModel):
         return [model]
-    return [model, HuggingFaceModel(folder, dtype=torch.float32, device=_CPU, attention=TorchAttention())]
+    return [model, HuggingFaceModel(folder, precision=FLOAT32, device=_CPU, attention=TorchAttention())]
 
 
 def _first_line(error: BaseException) -> str:

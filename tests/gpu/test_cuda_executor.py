@@ -204,6 +204,6 @@ def test_an_engine_is_built_within_its_share_of_the_device(tmp_path: Path) -> No
     )
     executor, spec = build_executor(config)
     assert spec.vocab_size == 512
-    assert executor.model.dtype == torch.bfloat16
+    assert executor.model.precision.name == "bfloat16"
     assert total - torch.cuda.mem_get_info()[0] <= total * share
     executor.close()

@@ -37,7 +37,7 @@ def relative_error(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> f
 def greedy(model: Any, prompt: list[int], count: int, chunk: int = 16, block_size: int = 16) -> list[int]:
     """`count` greedy tokens after `prompt`, prefilled in chunks."""
     blocks = -(-(len(prompt) + count) // block_size)
-    pool = KvPool(blocks, block_size, model.spec.layers, model.dtype)
+    pool = KvPool(blocks, block_size, model.spec.layers, model.precision.kv)
     table = torch.randperm(blocks, generator=torch.Generator().manual_seed(len(prompt)))
     tokens = list(prompt)
     none = torch.empty(0, dtype=torch.int64)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.loader import load_model
+from chiron_engine.model.precision import FLOAT32
 from chiron_engine.model.source import resolve_model
 from tests.model.tiny_config import TINY
 
@@ -114,10 +115,10 @@ def good(save_tiny: Any) -> Path:
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_named(name: str, good: Path) -> None:
     damage, cause = DAMAGE[name]
-    load_model(good, dtype=torch.float32, device=torch.device("cpu"))
+    load_model(good, precision=FLOAT32, device=torch.device("cpu"))
     damage(good)
     with pytest.raises(ModelError, match=cause) as caught:
-        load_model(resolve_model(str(good)), dtype=torch.float32, device=torch.device("cpu"))
+        load_model(resolve_model(str(good)), precision=FLOAT32, device=torch.device("cpu"))
     assert "\n" not in str(caught.value)
 
 

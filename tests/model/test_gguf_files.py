@@ -23,6 +23,7 @@ from chiron_engine.model.directory import weight_files
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.loader import load_model
 from chiron_engine.model.native import LlamaModel
+from chiron_engine.model.precision import FLOAT32
 from chiron_engine.model.source import resolve_model
 from tests.model.tiny_config import TINY
 
@@ -61,7 +62,7 @@ def tiny_model(arch: str, **options: Any) -> Any:
 
 
 def served(file: Path) -> LlamaModel:
-    model = load_model(resolve_model(str(file)), dtype=torch.float32, device=CPU)
+    model = load_model(resolve_model(str(file)), precision=FLOAT32, device=CPU)
     assert isinstance(model, LlamaModel)
     return model
 

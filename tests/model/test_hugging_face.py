@@ -15,6 +15,7 @@ from chiron_engine.model.attention import TorchAttention
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.hugging_face import HuggingFaceModel
 from chiron_engine.model.loader import load_model
+from chiron_engine.model.precision import FLOAT32
 from tests.model.tiny_config import TINY
 
 Save = Callable[[Any], tuple[Any, Path]]
@@ -108,7 +109,7 @@ def config_of(kind: str, options: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_eager(name: str, save_tiny: Save) -> None:
     reference, path = save_tiny(config_of(*MODELS[name]))
-    model = load_model(path, dtype=torch.float32, device=CPU)
+    model = load_model(path, precision=FLOAT32, device=CPU)
     assert isinstance(model, HuggingFaceModel)
     prompts = random_prompts(96)
     error = relative_error(paged_logits(model, prompts), eager_logits(reference, prompts))
@@ -120,7 +121,7 @@ def test_equals_the_native_decoder(save_tiny: Save) -> None:
 
     _, path = save_tiny(Qwen3Config(**(TINY | {"head_dim": 16})))
     prompts = random_prompts(96)
-    options: dict[str, Any] = {"dtype": torch.float32, "device": CPU}
+    options: dict[str, Any] = {"precision": FLOAT32, "device": CPU}
     through_class = HuggingFaceModel(path, attention=TorchAttention(), **options)
     native = load_model(path, **options)
     assert native.spec == through_class.spec
@@ -171,7 +172,7 @@ def test_refused_by_name(name: str, tmp_path: Path) -> None:
     config.architectures = ["Anything"]
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=cause) as caught:
-        HuggingFaceModel(tmp_path, dtype=torch.float32, device=CPU, attention=TorchAttention())
+        HuggingFaceModel(tmp_path, precision=FLOAT32, device=CPU, attention=TorchAttention())
     assert "\n" not in str(caught.value)
 
 
@@ -191,7 +192,7 @@ def test_missing_tensor_is_named(save_tiny: Save) -> None:
     tensors.pop("model.norm.weight")
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.norm\.weight"):
-        load_model(path, dtype=torch.float32, device=CPU)
+        load_model(path, precision=FLOAT32, device=CPU)
 
 
 def test_the_verdict_is_kept(save_tiny: Save, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

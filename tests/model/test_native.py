@@ -15,6 +15,7 @@ from chiron_engine.model.errors import ModelError
 from chiron_engine.model.llama_config import parse_config
 from chiron_engine.model.loader import load_model
 from chiron_engine.model.native import LlamaModel
+from chiron_engine.model.precision import BFLOAT16, FLOAT32
 from tests.model.tiny_config import TINY
 
 Save = Callable[[Any], tuple[Any, Path]]
@@ -78,7 +79,7 @@ def tiny(case: str) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_hugging_face_class(case: str, save_tiny: Save) -> None:
     reference, path = save_tiny(tiny(case))
-    model = load_model(path, dtype=torch.float32, device=CPU)
+    model = load_model(path, precision=FLOAT32, device=CPU)
     assert isinstance(model, LlamaModel)
     prompts = random_prompts(96)
     error = relative_error(paged_logits(model, prompts), eager_logits(reference, prompts))
@@ -90,8 +91,8 @@ def test_bfloat16_stays_near_float32(save_tiny: Save) -> None:
     prompts = random_prompts(96)
     exact = eager_logits(reference, prompts)
     theirs = relative_error(eager_logits(reference.bfloat16(), prompts), exact)
-    model = load_model(path, dtype=torch.bfloat16, device=CPU)
-    assert model.dtype == torch.bfloat16
+    model = load_model(path, precision=BFLOAT16, device=CPU)
+    assert model.precision is BFLOAT16
     model_logits = packed_bfloat16(model, prompts)
     assert relative_error(model_logits, exact) < max(2 * theirs, 0.02)
 
@@ -114,7 +115,7 @@ def packed_bfloat16(model: Any, prompts: list[torch.Tensor]) -> list[torch.Tenso
 
 def test_only_sampled_rows_get_logits(save_tiny: Save) -> None:
     _, path = save_tiny(tiny("llama"))
-    model = load_model(path, dtype=torch.float32, device=CPU)
+    model = load_model(path, precision=FLOAT32, device=CPU)
     prompt = random_prompts(96, (12,))
     whole = paged_logits(model, prompt)[0]
     assert whole.dtype == torch.float32 and whole.shape == (12, 96)
@@ -122,7 +123,7 @@ def test_only_sampled_rows_get_logits(save_tiny: Save) -> None:
 
 def test_the_spec_tells_the_model(save_tiny: Save) -> None:
     _, path = save_tiny(tiny("qwen3"))
-    spec = load_model(path, dtype=torch.float32, device=CPU).spec
+    spec = load_model(path, precision=FLOAT32, device=CPU).spec
     assert spec.architecture == "Qwen3ForCausalLM" and spec.vocab_size == 96
     assert [(layer.kv_heads, layer.head_dim) for layer in spec.layers] == [(2, 16)] * 3
     assert spec.max_model_len == 128 and spec.eos_token_ids == (2,) and spec.path == path
@@ -193,7 +194,8 @@ def test_loading_runs_no_modelling_code_of_transformers(save_tiny: Save) -> None
     code = (
         "import sys, pathlib, torch\n"
         "from chiron_engine.model.loader import load_model\n"
-        f"load_model(pathlib.Path({str(path)!r}), dtype=torch.float32, device=torch.device('cpu'))\n"
+        "from chiron_engine.model.precision import FLOAT32\n"
+        f"load_model(pathlib.Path({str(path)!r}), precision=FLOAT32, device=torch.device('cpu'))\n"
         "print('transformers' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -207,9 +209,9 @@ def test_code_that_comes_with_a_model_is_never_run(save_tiny: Save, tmp_path: Pa
     config = json.loads((path / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
     (path / "config.json").write_text(json.dumps(config))
-    load_model(path, dtype=torch.float32, device=CPU)
+    load_model(path, precision=FLOAT32, device=CPU)
     config |= {"model_type": "unheard_of", "architectures": ["Evil"]}
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="auto_map"):
-        load_model(path, dtype=torch.float32, device=CPU)
+        load_model(path, precision=FLOAT32, device=CPU)
     assert not sentinel.exists()

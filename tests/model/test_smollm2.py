@@ -21,6 +21,7 @@ from chiron_engine.model import smollm2 as package
 from chiron_engine.model.converted_gguf import broken_file
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.loader import load_model
+from chiron_engine.model.precision import BFLOAT16, FLOAT32
 from chiron_engine.model.source import resolve_model
 
 PROMPTS = [
@@ -60,7 +61,7 @@ def eager(smollm2: Path) -> list[tuple[list[int], list[int], list[float]]]:
 def test_greedy_tokens_equal_eager_generation(
     smollm2: Path, eager: list[tuple[list[int], list[int], list[float]]]
 ) -> None:
-    model = load_model(smollm2, dtype=torch.float32, device=torch.device("cpu"))
+    model = load_model(smollm2, precision=FLOAT32, device=torch.device("cpu"))
     for ids, expected, margins in eager:
         ours = greedy(model, ids, COUNT, chunk=11)
         wrong = next((i for i in range(COUNT) if ours[i] != expected[i]), None)
@@ -71,7 +72,7 @@ def test_greedy_tokens_equal_eager_generation(
 def test_bfloat16_agrees_where_the_choice_is_clear(
     smollm2: Path, eager: list[tuple[list[int], list[int], list[float]]]
 ) -> None:
-    model = load_model(smollm2, dtype=torch.bfloat16, device=torch.device("cpu"))
+    model = load_model(smollm2, precision=BFLOAT16, device=torch.device("cpu"))
     for ids, expected, margins in eager:
         ours = greedy(model, ids, COUNT)
         wrong = next((i for i in range(COUNT) if ours[i] != expected[i]), None)
@@ -79,7 +80,7 @@ def test_bfloat16_agrees_where_the_choice_is_clear(
 
 
 def test_the_spec(smollm2: Path) -> None:
-    model = load_model(smollm2, dtype=torch.bfloat16, device=torch.device("cpu"))
+    model = load_model(smollm2, precision=BFLOAT16, device=torch.device("cpu"))
     assert model.spec.name == "smollm2" and model.spec.architecture == "LlamaForCausalLM"
     assert model.spec.vocab_size == 49152 and model.spec.max_model_len == 8192
     assert model.spec.eos_token_ids == (2,)
@@ -194,7 +195,7 @@ def test_conversion_restores_the_layout(tiny_package: Tiny) -> None:
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
     config = json.loads((path / "config.json").read_text())
     assert config["tie_word_embeddings"] is True and config["rms_norm_eps"] == 1e-5
-    spec = load_model(path, dtype=torch.float32, device=torch.device("cpu")).spec
+    spec = load_model(path, precision=FLOAT32, device=torch.device("cpu")).spec
     assert spec.eos_token_ids == (0,) and spec.max_model_len == 64
 
 

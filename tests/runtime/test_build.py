@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ import torch
 from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
+from chiron_engine.model import cpu_kernels, loader
+from chiron_engine.model.precision import BFLOAT16, FLOAT32, INT8
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.request import Request, Slo, SloClass
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.runtime import build
-from chiron_engine.runtime.build import build_executor, resolve_device, resolve_dtype
+from chiron_engine.runtime.build import build_executor, resolve_device, resolve_precision
 from chiron_engine.runtime.errors import OutOfMemory
 from chiron_engine.runtime.torch_executor import TorchExecutor
 from chiron_engine.runtime.trial_steps import TrialRequests, measure_step_costs, measure_swap_costs
@@ -180,14 +184,30 @@ def test_cuda_without_a_device_is_refused() -> None:
     assert resolve_device("auto") == torch.device("cpu")
 
 
-def test_dtypes() -> None:
-    cpu = torch.device("cpu")
-    assert resolve_dtype("bfloat16", cpu) is torch.bfloat16
-    assert resolve_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+def test_precisions(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, path = torch.device("cpu"), Path(config.model)
+    assert resolve_precision("bfloat16", cpu, path) is BFLOAT16
+    monkeypatch.setattr(build, "why_not_int8", lambda device: None)
+    monkeypatch.setattr(loader, "why_not_int8", lambda device: None)
+    assert resolve_precision("auto", cpu, path) is resolve_precision("int8", cpu, path) is INT8
     with pytest.raises(ValueError, match="float16, which is for CUDA"):
-        resolve_dtype("float16", cpu)
-    with pytest.raises(ValueError, match="dtype is 'int8'"):
-        resolve_dtype("int8", cpu)
+        resolve_precision("float16", cpu, path)
+    with pytest.raises(ValueError, match="dtype is 'int4'"):
+        resolve_precision("int4", cpu, path)
+
+
+def test_without_what_int8_needs_it_is_refused_and_not_the_default(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, path = torch.device("cpu"), Path(config.model)
+    monkeypatch.setattr(cpu_kernels, "has_vnni", lambda: False)
+    monkeypatch.setattr(cpu_kernels, "open_kernels", lambda: ctypes.CDLL(None))
+    with pytest.raises(ValueError, match="lacks avx512_vnni"):
+        resolve_precision("int8", cpu, path)
+    assert resolve_precision("auto", cpu, path) is FLOAT32
+    monkeypatch.setattr(cpu_kernels, "open_kernels", lambda: "there is no C compiler")
+    with pytest.raises(ValueError, match="no C compiler"):
+        resolve_precision("int8", cpu, path)
 
 
 def test_a_cuda_pool_leaves_room_for_steps_and_what_else_is_there(

@@ -20,6 +20,7 @@ from chiron_engine.core.clocks import VirtualClock
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.loader import CausalLM, load_model
+from chiron_engine.model.precision import FLOAT32
 from chiron_engine.model.source import resolve_model
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.limits import Limits
@@ -87,7 +88,7 @@ def generate_eagerly(eager: torch.nn.Module, prompt: list[int]) -> Reference:
 
 @pytest.fixture(scope="module")
 def model(model_path: Path) -> CausalLM:
-    return load_model(model_path, dtype=torch.float32, device=torch.device("cpu"))
+    return load_model(model_path, precision=FLOAT32, device=torch.device("cpu"))
 
 
 def make_core(model: CausalLM, seed: int) -> EngineCore:

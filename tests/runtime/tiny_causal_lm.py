@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chiron_engine.model.attention import AttentionBatch, TorchAttention
 from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.precision import FLOAT32
 from chiron_engine.model.spec import LayerGeometry, ModelSpec
 
 HEADS, KV_HEADS, HEAD_DIM, VOCAB, CONTEXT = 4, 2, 16, 211, 256
@@ -29,7 +30,7 @@ class TinyCausalLM:
         self.spec = ModelSpec(
             "tiny", "TinyCausalLM", (LayerGeometry(KV_HEADS, HEAD_DIM),) * LAYERS, VOCAB, CONTEXT, (), Path()
         )
-        self.dtype = torch.float32
+        self.precision = FLOAT32
         self.embedding = weights(VOCAB, WIDTH, scale=1.0)
         self.positions = weights(CONTEXT, WIDTH, scale=0.5)
         inner = WIDTH + 2 * KV_HEADS * HEAD_DIM

@@ -1,0 +1,129 @@
+"""Compiles the C kernels once per machine and loads them.
+
+They share torch's OpenMP threads: the calls that gcc makes for `#pragma omp` are left open in the
+library and found in the libgomp that torch has loaded, so that there is one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).resolve().parent / "source"
+# What the kernels use, no more: the library then runs on every CPU that has these.
+FEATURES = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+TARGET = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma")
+FLAGS = ("-std=c11", "-O3", "-fopenmp", "-fPIC", *TARGET)
+COMPILE_TIMEOUT_S = 120
+
+Pointer = ctypes.c_void_p
+Size = ctypes.c_int64
+Real = ctypes.c_float
+
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "chiron_int8_linear": (Pointer, Size, Size, Size, *[Pointer] * 7),
+    "chiron_add_rms_norm": (Pointer, Pointer, Pointer, Pointer, Size, Size, Real),
+    "chiron_silu_multiply": (Pointer, Pointer, Size, Size),
+    "chiron_rotate": (Pointer, Size, Size, Size, Size, Pointer, Pointer),
+    "chiron_paged_attention": (
+        *(Pointer, Size, Pointer, Size, Pointer, Size),
+        *(Pointer, Size, Size, Size, Size, Size, Size),
+        *(Pointer, Pointer, Size, Pointer, Size),
+        *(Real, Real, Size, Pointer, Pointer),
+    ),
+}
+COUNTS: dict[str, tuple[type, ...]] = {"chiron_max_run": (Size,), "chiron_max_head": ()}
+
+
+class KernelsUnavailable(RuntimeError):
+    """The compiled kernels cannot run here; the message says why."""
+
+
+def has_vnni() -> bool:
+    """Whether 8-bit products are summed in 32 bits; without it sums would saturate."""
+    return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))
+
+
+@functools.cache
+def open_library(cache: Path) -> ctypes.CDLL:
+    """The kernels, compiled into folder `cache` at first use. Raises KernelsUnavailable."""
+    _check_machine()
+    compiler = _compiler()
+    built = cache / f"chiron-cpu-{_fingerprint(compiler)}.so"
+    if not built.exists():
+        _compile(compiler, built)
+    try:
+        library = ctypes.CDLL(str(built))
+    except OSError as error:
+        raise KernelsUnavailable(f"cannot load {built}: {error}") from error
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    for name, arguments in COUNTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, Size
+    return library
+
+
+def _check_machine() -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise KernelsUnavailable(f"the compiled kernels are for x86-64, not {platform.machine()}")
+    capabilities = torch.cpu.get_capabilities()
+    lacking = [name for name in FEATURES if not capabilities.get(name, False)]
+    if lacking:
+        raise KernelsUnavailable(f"the CPU lacks {', '.join(lacking)}")
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CC"), "gcc", "cc"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise KernelsUnavailable("there is no C compiler (gcc) on the PATH")
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of everything the library is made from."""
+    state = os.stat(compiler)
+    digest = hashlib.sha256(f"{FLAGS} {compiler} {state.st_size} {state.st_mtime_ns}".encode())
+    for file in sorted(SOURCE.iterdir()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: str, built: Path) -> None:
+    """Into a folder of its own, then renamed: another process sees the whole library or none."""
+    try:
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent, prefix="compiling-") as folder:
+            objects = [_compile_file(compiler, file, Path(folder)) for file in sorted(SOURCE.glob("*.c"))]
+            # Without -fopenmp here: that would load a second OpenMP beside torch's.
+            linked = Path(folder) / built.name
+            _run([compiler, "-shared", *map(str, objects), "-lm", "-o", str(linked)])
+            linked.replace(built)
+    except OSError as error:
+        raise KernelsUnavailable(f"cannot write {built}: {error}") from error
+
+
+def _compile_file(compiler: str, file: Path, folder: Path) -> Path:
+    out = folder / f"{file.stem}.o"
+    _run([compiler, *FLAGS, "-c", str(file), "-o", str(out)])
+    return out
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelsUnavailable(f"{command[0]} did not compile the kernels: {error}") from error
+    if done.returncode:
+        raise KernelsUnavailable(f"{command[0]} did not compile the kernels: {done.stderr.strip()[:500]}")

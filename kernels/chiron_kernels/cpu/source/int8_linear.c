@@ -1,0 +1,125 @@
+/* Linear layers with 8-bit weights and activations, for AVX-512 with VNNI.
+
+   Both are cut into groups of 64 along the input axis, each group with a scale of its own, so that
+   one large input spoils the precision of its group only. Activations are rounded to [-127, 127];
+   weights, in the same range, are stored plus 128, since the instruction multiplies unsigned by
+   signed: what that adds, 128 times the sum of the activations, is taken off again.
+
+   The result of a row depends on that row alone, bit for bit: a row's sums are made in the same
+   order whatever rows stand beside it. */
+
+#include "vectors.h"
+
+#define GROUP 64
+#define COLUMNS 32
+#define TILE_ROWS 6
+#define WEIGHT_OFFSET 128
+
+/* Rows of activations. values [rows, inputs]; scales, offsets [rows, groups], the latter what to
+   begin a group's sum with. */
+typedef struct {
+  const int8_t *values;
+  const float *scales;
+  const int32_t *offsets;
+  int64_t inputs, groups;
+} Activations;
+
+static void quantise_row(const float *x, int64_t groups, int8_t *values, float *scales, int32_t *offsets) {
+  for (int64_t g = 0; g < groups; g++, x += GROUP, values += GROUP) {
+    __m512 part[GROUP / LANES];
+    __m512i largest = _mm512_setzero_si512();
+    for (int i = 0; i < GROUP / LANES; i++) {
+      part[i] = _mm512_loadu_ps(x + i * LANES);
+      /* As whole numbers, floats without sign are in the same order, and NaN is above all: it then makes
+         the scale NaN, and all that comes of the row. */
+      largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(part[i])));
+    }
+    const int32_t bits = _mm512_reduce_max_epi32(largest);
+    float top;
+    __builtin_memcpy(&top, &bits, sizeof top);
+    __m512 steps = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
+    __m512i sum = _mm512_setzero_si512();
+    for (int i = 0; i < GROUP / LANES; i++) {
+      __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(part[i], steps));
+      sum = _mm512_add_epi32(sum, rounded);
+      _mm_storeu_si128((__m128i *)(values + i * LANES), _mm512_cvtsepi32_epi8(rounded));
+    }
+    scales[g] = top / 127.0f;
+    offsets[g] = -WEIGHT_OFFSET * _mm512_reduce_add_epi32(sum);
+  }
+}
+
+/* `rows` rows times one block of 32 columns. weights [inputs / 4, 32, 4], scales [groups, 32]. */
+INLINE void multiply_tile(int rows, Activations a, const uint8_t *weights, const float *scales,
+                          const float *bias, float *out, int64_t out_stride) {
+  __m512 total[TILE_ROWS][2];
+  for (int r = 0; r < rows; r++) {
+    total[r][0] = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
+    total[r][1] = bias ? _mm512_loadu_ps(bias + LANES) : _mm512_setzero_ps();
+  }
+  for (int64_t g = 0; g < a.groups; g++) {
+    __m512i sum[TILE_ROWS][2];
+    for (int r = 0; r < rows; r++)
+      sum[r][0] = sum[r][1] = _mm512_set1_epi32(a.offsets[r * a.groups + g]);
+#pragma GCC unroll 4
+    for (int k = 0; k < GROUP; k += 4, weights += 4 * COLUMNS) {
+      __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 4 * LANES);
+      for (int r = 0; r < rows; r++) {
+        int32_t four;
+        __builtin_memcpy(&four, a.values + r * a.inputs + g * GROUP + k, sizeof four);
+        __m512i x = _mm512_set1_epi32(four);
+        sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], left, x);
+        sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], right, x);
+      }
+    }
+    __m512 left = _mm512_loadu_ps(scales + g * COLUMNS), right = _mm512_loadu_ps(scales + g * COLUMNS + LANES);
+    for (int r = 0; r < rows; r++) {
+      __m512 scale = _mm512_set1_ps(a.scales[r * a.groups + g]);
+      total[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][0]), _mm512_mul_ps(scale, left), total[r][0]);
+      total[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][1]), _mm512_mul_ps(scale, right), total[r][1]);
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    _mm512_storeu_ps(out + r * out_stride, total[r][0]);
+    _mm512_storeu_ps(out + r * out_stride + LANES, total[r][1]);
+  }
+}
+
+static void multiply_rows(int64_t rows, Activations a, const uint8_t *weights, const float *scales,
+                          const float *bias, float *out, int64_t out_stride) {
+  for (; rows >= TILE_ROWS; rows -= TILE_ROWS) {
+    multiply_tile(TILE_ROWS, a, weights, scales, bias, out, out_stride);
+    a.values += TILE_ROWS * a.inputs;
+    a.scales += TILE_ROWS * a.groups;
+    a.offsets += TILE_ROWS * a.groups;
+    out += TILE_ROWS * out_stride;
+  }
+  switch (rows) {
+  case 1: multiply_tile(1, a, weights, scales, bias, out, out_stride); break;
+  case 2: multiply_tile(2, a, weights, scales, bias, out, out_stride); break;
+  case 3: multiply_tile(3, a, weights, scales, bias, out, out_stride); break;
+  case 4: multiply_tile(4, a, weights, scales, bias, out, out_stride); break;
+  case 5: multiply_tile(5, a, weights, scales, bias, out, out_stride); break;
+  }
+}
+
+/* out [rows, outputs] = x [rows, inputs] W^T + bias [outputs] or NULL. inputs is a multiple of 64,
+   outputs of 32. weights [outputs / 32, inputs / 4, 32, 4] plus 128, scales [outputs / 32, groups, 32].
+   values, value_scales, offsets: room for the rounded x, as Activations has it. */
+void chiron_int8_linear(const float *x, int64_t rows, int64_t inputs, int64_t outputs, const uint8_t *weights,
+                        const float *scales, const float *bias, float *out, int8_t *values,
+                        float *value_scales, int32_t *offsets) {
+  const int64_t groups = inputs / GROUP;
+  const Activations activations = {values, value_scales, offsets, inputs, groups};
+#pragma omp parallel
+  {
+#pragma omp for
+    for (int64_t row = 0; row < rows; row++)
+      quantise_row(x + row * inputs, groups, values + row * inputs, value_scales + row * groups,
+                   offsets + row * groups);
+#pragma omp for
+    for (int64_t column = 0; column < outputs; column += COLUMNS)
+      multiply_rows(rows, activations, weights + column * inputs, scales + column * groups,
+                    bias ? bias + column : 0, out + column, outputs);
+  }
+}

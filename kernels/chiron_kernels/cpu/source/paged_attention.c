@@ -1,0 +1,362 @@
+/* Attention over paged KV, read in place: nothing is gathered.
+
+   A run is up to MAX_RUN rows of one request, neighbours in the batch and in the sequence: a decode is
+   a run of one. The queries of a run that share a key head go through the keys together, 64 keys at a
+   time, with an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). Key tiles begin at
+   multiples of 64 of the position, and a key a row may not see weighs exactly 0, so that the result
+   of a row does not depend on the rows beside it nor on how its prompt was cut into chunks. */
+
+#include <math.h>
+#include <omp.h>
+
+#include "vectors.h"
+
+#define KEYS 64
+#define MAX_QUERIES 24
+#define MAX_HEAD 256
+#define TILE_QUERIES 6
+#define MAX_STATE (64 * MAX_HEAD)
+#define LINE 64
+
+typedef enum { FLOAT32 = 0, BFLOAT16 = 1 } Storage;
+
+/* One layer's part of the pool, [blocks, block_size, 2, kv_heads, head], keys first. `data` is where
+   its first block begins; blocks lie block_stride elements apart. */
+typedef struct {
+  char *data;
+  int64_t block_stride, block_size, kv_heads, head;
+  Storage storage;
+} Pool;
+
+/* rows `row` .. row + count - 1 have positions `position` ..; table holds the blocks of their request. */
+typedef struct {
+  int64_t row, count, position;
+  const int64_t *table;
+} Run;
+
+typedef struct {
+  float scale, softcap; /* softcap 0: none */
+  int64_t window;       /* keys a row sees, itself included; 0: all */
+  const float *sinks;   /* [query heads] or NULL */
+} Options;
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t token_offset(const Pool *pool, int64_t block, int64_t offset, int64_t value, int64_t kv_head) {
+  return block * pool->block_stride + ((offset * 2 + value) * pool->kv_heads + kv_head) * pool->head;
+}
+
+INLINE int64_t element_bytes(const Pool *pool) { return pool->storage == BFLOAT16 ? 2 : 4; }
+
+/* Where the tokens [first, first + count) of a request begin in the pool. */
+static void find_tokens(const Pool *pool, const int64_t *table, int64_t first, int64_t count, const char **tokens) {
+  const int64_t bytes = 2 * pool->kv_heads * pool->head * element_bytes(pool);
+  int64_t block = first / pool->block_size, offset = first % pool->block_size;
+  const char *at = pool->data + table[block] * pool->block_stride * element_bytes(pool) + offset * bytes;
+  for (int64_t i = 0; i < count; i++, at += bytes, offset++) {
+    if (offset == pool->block_size) {
+      offset = 0;
+      at = pool->data + table[++block] * pool->block_stride * element_bytes(pool);
+    }
+    tokens[i] = at;
+  }
+}
+
+/* To bfloat16, to nearest, ties to even; NaN stays NaN. */
+INLINE __m256i to_bfloat16(__m512 x) {
+  __m512i bits = _mm512_castps_si512(x);
+  __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+static void store_heads(const Pool *pool, int64_t block, int64_t offset, int64_t value, const float *x) {
+  const int64_t size = pool->kv_heads * pool->head, at = token_offset(pool, block, offset, value, 0);
+  for (int64_t i = 0; i < size; i += LANES) {
+    __mmask16 lanes = first_lanes(size - i);
+    __m512 part = _mm512_maskz_loadu_ps(lanes, x + i);
+    if (pool->storage == BFLOAT16)
+      _mm256_mask_storeu_epi16((uint16_t *)pool->data + at + i, lanes, to_bfloat16(part));
+    else
+      _mm512_mask_storeu_ps((float *)pool->data + at + i, lanes, part);
+  }
+}
+
+/* Keys of 16 tokens, `at` bytes into each, to columns of out [head, KEYS]; those past `count` become 0. */
+INLINE void load_keys_16(const char *const *tokens, int64_t at, int64_t count, int64_t head, Storage storage,
+                         float *out) {
+  const int64_t per_word = storage == BFLOAT16 ? 2 : 1, words = head / per_word;
+  for (int64_t word = 0; word < words; word += LANES) {
+    const __mmask16 lanes = first_lanes(words - word);
+    __m512i part[LANES];
+    if (count >= LANES && lanes == 0xffff) {
+      for (int i = 0; i < LANES; i++) part[i] = _mm512_loadu_si512(tokens[i] + at + word * 4);
+    } else {
+      for (int i = 0; i < LANES; i++)
+        part[i] = i < count ? _mm512_maskz_loadu_epi32(lanes, tokens[i] + at + word * 4) : _mm512_setzero_si512();
+    }
+    transpose_16x16(part);
+    /* Words past the head are 0, and land in rows of `out` that nothing reads. */
+    for (int i = 0; i < LANES; i++) {
+      float *to = out + (word + i) * per_word * KEYS;
+      if (storage == BFLOAT16) {
+        _mm512_store_si512(to, _mm512_slli_epi32(part[i], 16));
+        _mm512_store_si512(to + KEYS, _mm512_and_si512(part[i], _mm512_set1_epi32((int)0xffff0000)));
+      } else {
+        _mm512_store_si512(to, part[i]);
+      }
+    }
+  }
+}
+
+/* One value to floats, its end filled with 0 up to a multiple of 16. */
+INLINE void load_value(const char *from, int64_t head, Storage storage, float *out) {
+  for (int64_t i = 0; i < head; i += LANES) {
+    const __mmask16 lanes = first_lanes(head - i);
+    if (storage == BFLOAT16) {
+      __m256i half = _mm256_maskz_loadu_epi16(lanes, from + i * 2);
+      _mm512_store_si512(out + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    } else {
+      _mm512_store_ps(out + i, _mm512_maskz_loadu_ps(lanes, from + i * 4));
+    }
+  }
+}
+
+INLINE void load_tile(float *keys, float *values, const char *const *tokens, int64_t count, const Pool *pool,
+                      Storage storage, int64_t kv_head, int64_t padded) {
+  const int64_t bytes = pool->head * element_bytes(pool);
+  const int64_t key_at = kv_head * bytes, value_at = (pool->kv_heads + kv_head) * bytes;
+  for (int64_t i = 0; i < count; i += LANES)
+    load_keys_16(tokens + i, key_at, count - i, pool->head, storage, keys + i);
+  if (pool->head == 64) { /* unrolled: most heads are of 64 or 128 */
+    for (int64_t i = 0; i < count; i++) load_value(tokens[i] + value_at, 64, storage, values + i * 64);
+  } else if (pool->head == 128) {
+    for (int64_t i = 0; i < count; i++) load_value(tokens[i] + value_at, 128, storage, values + i * 128);
+  } else {
+    for (int64_t i = 0; i < count; i++)
+      load_value(tokens[i] + value_at, pool->head, storage, values + i * padded);
+  }
+}
+
+/* out [queries, 16 vectors] += a [queries, inner] b [inner, 16 vectors]. */
+INLINE void accumulate_tile(int queries, int vectors, const float *a, int64_t a_stride, const float *b,
+                            int64_t b_stride, float *out, int64_t out_stride, int64_t inner) {
+  __m512 sum[TILE_QUERIES][4];
+  for (int q = 0; q < queries; q++)
+    for (int v = 0; v < vectors; v++) sum[q][v] = _mm512_loadu_ps(out + q * out_stride + v * LANES);
+  for (int64_t i = 0; i < inner; i++) {
+    __m512 right[4];
+    for (int v = 0; v < vectors; v++) right[v] = _mm512_load_ps(b + i * b_stride + v * LANES);
+    for (int q = 0; q < queries; q++) {
+      __m512 left = _mm512_set1_ps(a[q * a_stride + i]);
+      for (int v = 0; v < vectors; v++) sum[q][v] = _mm512_fmadd_ps(left, right[v], sum[q][v]);
+    }
+  }
+  for (int q = 0; q < queries; q++)
+    for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out + q * out_stride + v * LANES, sum[q][v]);
+}
+
+INLINE void accumulate_queries(int vectors, int64_t queries, const float *a, int64_t a_stride, const float *b,
+                               int64_t b_stride, float *out, int64_t out_stride, int64_t inner) {
+  for (; queries >= TILE_QUERIES; queries -= TILE_QUERIES) {
+    accumulate_tile(TILE_QUERIES, vectors, a, a_stride, b, b_stride, out, out_stride, inner);
+    a += TILE_QUERIES * a_stride;
+    out += TILE_QUERIES * out_stride;
+  }
+  switch (queries) {
+  case 1: accumulate_tile(1, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
+  case 2: accumulate_tile(2, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
+  case 3: accumulate_tile(3, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
+  case 4: accumulate_tile(4, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
+  case 5: accumulate_tile(5, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
+  }
+}
+
+/* out [queries, columns] += a [queries, inner] b [inner, columns]; columns is a multiple of 16. */
+static void accumulate(int64_t queries, int64_t columns, const float *a, int64_t a_stride, const float *b,
+                       int64_t b_stride, float *out, int64_t out_stride, int64_t inner) {
+  int64_t column = 0;
+  for (; column + 4 * LANES <= columns; column += 4 * LANES)
+    accumulate_queries(4, queries, a, a_stride, b + column, b_stride, out + column, out_stride, inner);
+  for (; column < columns; column += LANES)
+    accumulate_queries(1, queries, a, a_stride, b + column, b_stride, out + column, out_stride, inner);
+}
+
+/* What one thread needs for the queries of one task. */
+typedef struct {
+  _Alignas(64) float keys[(MAX_HEAD + 2 * LANES) * KEYS];
+  _Alignas(64) float values[KEYS * MAX_HEAD];
+  _Alignas(64) float queries[MAX_STATE];
+  _Alignas(64) float scores[MAX_QUERIES * KEYS];
+  _Alignas(64) float sums[MAX_STATE];
+  float largest[MAX_STATE / LANES], total[MAX_STATE / LANES];
+} Scratch;
+
+/* Turns a query's raw scores of the keys [first, first + count) into weights, those outside [low, high)
+   into 0, and rescales what was summed before where a larger score is found. */
+static void weigh(Scratch *s, float *scores, int64_t query, int64_t first, int64_t count, int64_t low, int64_t high,
+                  const Options *options, int64_t padded) {
+  const __m512 hidden = _mm512_set1_ps(-INFINITY);
+  __m512 part[KEYS / LANES], largest = hidden;
+  const int vectors = (int)((count + LANES - 1) / LANES);
+  for (int v = 0; v < vectors; v++) {
+    __m512 x = _mm512_load_ps(scores + v * LANES);
+    if (options->softcap > 0) {
+      /* tanh(y) = 1 - 2 / (exp(2 y) + 1); beyond 20 it is 1 to float precision. */
+      __m512 y = _mm512_div_ps(x, _mm512_set1_ps(options->softcap));
+      y = _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(-20.0f)), _mm512_set1_ps(20.0f));
+      __m512 e = _mm512_add_ps(exponential(_mm512_add_ps(y, y)), _mm512_set1_ps(1.0f));
+      __m512 tanh = _mm512_sub_ps(_mm512_set1_ps(1.0f), _mm512_div_ps(_mm512_set1_ps(2.0f), e));
+      x = _mm512_mul_ps(tanh, _mm512_set1_ps(options->softcap));
+    }
+    const int64_t at = first + v * LANES;
+    __mmask16 seen = first_lanes(high > at ? high - at : 0) & (__mmask16)~first_lanes(low > at ? low - at : 0);
+    part[v] = _mm512_mask_mov_ps(hidden, seen, x);
+    largest = _mm512_max_ps(largest, part[v]);
+  }
+  const float before = s->largest[query], top = fmaxf(before, _mm512_reduce_max_ps(largest));
+  if (top == -INFINITY) {
+    for (int v = 0; v < vectors; v++) _mm512_store_ps(scores + v * LANES, _mm512_setzero_ps());
+    return;
+  }
+  __m512 total = _mm512_setzero_ps();
+  for (int v = 0; v < vectors; v++) {
+    __m512 weight = exponential(_mm512_sub_ps(part[v], _mm512_set1_ps(top)));
+    total = _mm512_add_ps(total, weight);
+    _mm512_store_ps(scores + v * LANES, weight);
+  }
+  if (top > before) {
+    const float shrink = expf(before - top);
+    s->total[query] *= shrink;
+    for (int64_t i = 0; i < padded; i += LANES) {
+      float *at = s->sums + query * padded + i;
+      _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(shrink)));
+    }
+    s->largest[query] = top;
+  }
+  s->total[query] += _mm512_reduce_add_ps(total);
+}
+
+/* The key heads [kv_head, kv_head + kv_heads) of a run, and of each the query heads [head, head + heads)
+   of those that share it. A query's number is (key head * rows + row) * heads + head, from the first. */
+typedef struct {
+  const Run *run;
+  int64_t kv_head, kv_heads, head, heads, group;
+} Task;
+
+/* Has tokens fetched in the order they lie in: the hardware then reads ahead, which it does not for one
+   head's part of every token. */
+static void prefetch_tokens(const char *const *tokens, int64_t count, const Pool *pool) {
+  const int64_t bytes = 2 * pool->kv_heads * pool->head * element_bytes(pool);
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t byte = 0; byte < bytes; byte += LINE) _mm_prefetch(tokens[i] + byte, _MM_HINT_T1);
+}
+
+static void begin(Scratch *s, const Task *task, const Options *options, int64_t size, int64_t padded, const float *q,
+                  int64_t q_stride) {
+  int64_t query = 0;
+  for (int64_t kv = 0; kv < task->kv_heads; kv++)
+    for (int64_t row = 0; row < task->run->count; row++)
+      for (int64_t h = 0; h < task->heads; h++, query++) {
+        const int64_t head = (task->kv_head + kv) * task->group + task->head + h;
+        const float *from = q + (task->run->row + row) * q_stride + head * size;
+        for (int64_t i = 0; i < padded; i += LANES) {
+          __m512 part = _mm512_maskz_loadu_ps(first_lanes(size - i), from + i);
+          _mm512_store_ps(s->queries + query * padded + i, _mm512_mul_ps(part, _mm512_set1_ps(options->scale)));
+          _mm512_store_ps(s->sums + query * padded + i, _mm512_setzero_ps());
+        }
+        s->largest[query] = options->sinks ? options->sinks[head] : -INFINITY;
+        s->total[query] = options->sinks ? 1.0f : 0.0f;
+      }
+}
+
+static void finish(const Scratch *s, const Task *task, int64_t size, int64_t padded, float *out, int64_t out_stride) {
+  int64_t query = 0;
+  for (int64_t kv = 0; kv < task->kv_heads; kv++)
+    for (int64_t row = 0; row < task->run->count; row++)
+      for (int64_t h = 0; h < task->heads; h++, query++) {
+        const int64_t head = (task->kv_head + kv) * task->group + task->head + h;
+        float *to = out + (task->run->row + row) * out_stride + head * size;
+        __m512 total = _mm512_set1_ps(s->total[query]);
+        for (int64_t i = 0; i < size; i += LANES)
+          _mm512_mask_storeu_ps(to + i, first_lanes(size - i),
+                                _mm512_div_ps(_mm512_load_ps(s->sums + query * padded + i), total));
+      }
+}
+
+static void attend(Scratch *s, const Pool *pool, const Task *task, const Options *options, const float *q,
+                   int64_t q_stride, float *out, int64_t out_stride) {
+  const Run *run = task->run;
+  const int64_t size = pool->head, padded = (size + LANES - 1) / LANES * LANES;
+  const int64_t queries = run->count * task->heads, end = run->position + run->count;
+  int64_t seen = options->window ? run->position + 1 - options->window : 0;
+  if (seen < 0) seen = 0;
+  begin(s, task, options, size, padded, q, q_stride);
+  const int reads_whole_tokens = task->kv_heads == pool->kv_heads;
+  const char *tokens[2 * KEYS];
+  for (int64_t first = seen / KEYS * KEYS; first < end; first += KEYS) {
+    const int64_t count = smaller(end - first, KEYS), ahead = smaller(end - first, 2 * KEYS) - count;
+    find_tokens(pool, run->table, first, count + ahead, tokens);
+    if (reads_whole_tokens) prefetch_tokens(tokens + count, ahead, pool);
+    for (int64_t kv = 0; kv < task->kv_heads; kv++) {
+      const int64_t from = kv * queries;
+      if (pool->storage == BFLOAT16)
+        load_tile(s->keys, s->values, tokens, count, pool, BFLOAT16, task->kv_head + kv, padded);
+      else
+        load_tile(s->keys, s->values, tokens, count, pool, FLOAT32, task->kv_head + kv, padded);
+      __builtin_memset(s->scores, 0, (size_t)(queries * KEYS) * sizeof(float));
+      accumulate(queries, (count + LANES - 1) / LANES * LANES, s->queries + from * padded, padded, s->keys, KEYS,
+                 s->scores, KEYS, size);
+      for (int64_t query = 0; query < queries; query++) {
+        const int64_t high = run->position + query / task->heads + 1;
+        const int64_t low = options->window ? high - options->window : 0;
+        weigh(s, s->scores + query * KEYS, from + query, first, count, low, high, options, padded);
+      }
+      accumulate(queries, padded, s->scores, KEYS, s->values, padded, s->sums + from * padded, padded, count);
+    }
+  }
+  finish(s, task, size, padded, out, out_stride);
+}
+
+/* Stores k and v [rows, kv_heads, head] at write_blocks and write_offsets [rows]; then out [rows,
+   query_heads, head] = attention of q. Rows lie q_stride, k_stride, v_stride floats apart. Every row belongs to one of the `run_count` runs, of at most chiron_max_run(query_heads / kv_heads) rows. */
+void chiron_paged_attention(const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v,
+                            int64_t v_stride, char *pool_data, int64_t block_stride, int64_t block_size, int64_t kv_heads,
+                            int64_t head, int64_t storage, int64_t query_heads, const int64_t *write_blocks,
+                            const int64_t *write_offsets, int64_t rows, const Run *runs, int64_t run_count,
+                            float scale, float softcap, int64_t window, const float *sinks, float *out) {
+  const Pool pool = {pool_data, block_stride, block_size, kv_heads, head, (Storage)storage};
+  const Options options = {scale, softcap, window, sinks};
+  const int64_t group = query_heads / kv_heads;
+  const int64_t parts = (group + MAX_QUERIES - 1) / MAX_QUERIES, heads = (group + parts - 1) / parts;
+#pragma omp parallel
+  {
+    Scratch scratch;
+    /* With enough single rows for all threads, one task reads all of a token: see prefetch_tile. */
+    const int whole = parts == 1 && run_count >= 4 * omp_get_num_threads() && query_heads * (head + LANES) <= MAX_STATE;
+#pragma omp for
+    for (int64_t row = 0; row < rows; row++) {
+      store_heads(&pool, write_blocks[row], write_offsets[row], 0, k + row * k_stride);
+      store_heads(&pool, write_blocks[row], write_offsets[row], 1, v + row * v_stride);
+    }
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t run = 0; run < run_count; run++)
+      for (int64_t part = 0; part < kv_heads * parts; part++) {
+        const int64_t from = part % parts * heads, here = group - from < heads ? group - from : heads;
+        Task task = {&runs[run], part / parts, 1, from, here, group};
+        if (whole && runs[run].count == 1) {
+          if (part) continue;
+          task.kv_heads = kv_heads;
+        }
+        attend(&scratch, &pool, &task, &options, q, q_stride, out, query_heads * head);
+      }
+  }
+}
+
+/* The longest run for `group` query heads per key head. */
+int64_t chiron_max_run(int64_t group) { return group >= MAX_QUERIES ? 1 : MAX_QUERIES / group; }
+
+/* The largest head. */
+int64_t chiron_max_head(void) { return MAX_HEAD; }

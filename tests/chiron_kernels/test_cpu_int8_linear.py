@@ -1,0 +1,88 @@
+"""The 8-bit linear layer against the same rounding written out in torch."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import pytest
+import torch
+from chiron_kernels.cpu.int8_linear import GROUP, int8_linear, pack_int8, round_groups
+from torch.nn.functional import pad
+
+
+def by_hand(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of both sides rounded in groups, float64."""
+    fill = (0, -x.shape[1] % GROUP)
+    sides = []
+    for side in (x, weight):
+        rounded, scales = round_groups(pad(side, fill))
+        sides.append((rounded.unflatten(1, (-1, GROUP)).double() * scales[..., None].double()).flatten(1))
+    out = sides[0] @ sides[1].T
+    return out if bias is None else out + bias.double()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(576, 960), (64, 32), (100, 70), (1536, 576)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 64])
+def test_equals_the_rounded_product(
+    vnni_library: ctypes.CDLL, rows: int, shape: tuple[int, int], bias: bool
+) -> None:
+    torch.manual_seed(rows)
+    inputs, outputs = shape
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    added = torch.randn(outputs) if bias else None
+    out = int8_linear(vnni_library, x, pack_int8(weight, added))
+    assert out.shape == (rows, outputs) and out.is_contiguous()
+    wanted = by_hand(x, weight, added)
+    # A value just between two steps may be rounded either way: a half of a step of one input.
+    assert (out - wanted).abs().max() < 2e-3 * wanted.abs().max()
+    assert (out - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_the_largest_sums_do_not_saturate(vnni_library: ctypes.CDLL) -> None:
+    weight = torch.full((32, 4096), 3.0)
+    weight[1] = -3.0
+    out = int8_linear(vnni_library, torch.full((1, 4096), -2.0), pack_int8(weight))
+    assert torch.allclose(out[0, 0], torch.tensor(-6.0 * 4096)) and torch.allclose(out[0, 1], -out[0, 0])
+
+
+def test_a_row_gets_the_same_bits_whatever_stands_beside_it(vnni_library: ctypes.CDLL) -> None:
+    torch.manual_seed(0)
+    weight = pack_int8(torch.randn(96, 576), torch.randn(96))
+    x = torch.randn(64, 576) * torch.logspace(-3, 3, 64)[:, None]
+    together = int8_linear(vnni_library, x, weight)
+    for row in range(64):
+        assert torch.equal(int8_linear(vnni_library, x[row : row + 1], weight)[0], together[row])
+
+
+def test_one_large_input_spoils_its_group_only(vnni_library: ctypes.CDLL) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(32, 128), torch.randn(1, 128)
+    x[0, 5] = 1e4
+    weight[:, :GROUP] = 0.0
+    out = int8_linear(vnni_library, x, pack_int8(weight))
+    wanted = x[:, GROUP:] @ weight[:, GROUP:].T
+    assert (out - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_zeros_and_no_rows(vnni_library: ctypes.CDLL) -> None:
+    weight = pack_int8(torch.zeros(33, 65))
+    assert torch.equal(int8_linear(vnni_library, torch.zeros(2, 65), weight), torch.zeros(2, 33))
+    assert int8_linear(vnni_library, torch.zeros(0, 65), weight).shape == (0, 33)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused(broken: float) -> None:
+    weight = torch.randn(4, 70)
+    weight[2, 69] = broken
+    with pytest.raises(ValueError, match=r"shape \[4, 70\] holds values that are not finite"):
+        pack_int8(weight)
+
+
+def test_an_input_that_is_not_finite_does_not_become_a_number(vnni_library: ctypes.CDLL) -> None:
+    x = torch.randn(3, 64)
+    x[1, 7] = math.nan
+    x[2, 9] = math.inf
+    out = int8_linear(vnni_library, x, pack_int8(torch.randn(32, 64)))
+    assert out[0].isfinite().all() and not out[1].isfinite().any() and not out[2].isfinite().any()
