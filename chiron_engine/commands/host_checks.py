@@ -55,6 +55,14 @@ print(json.dumps({
     "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
 }))
 """
+KERNELS_PROBE = """
+import json, logging, torch
+logging.disable()
+from chiron_engine.model.cpu_kernels import open_kernels, why_not_int8
+kernels = open_kernels()
+print(json.dumps({"lacks": kernels if isinstance(kernels, str) else None,
+                  "int8_lacks": why_not_int8(torch.device("cpu"))}))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,7 @@ class Check:
 
 
 def run_checks(ports: Iterable[int]) -> list[Check]:
-    checks = [check_python(), *check_packages(), check_torch(), check_cpu(), check_gpu()]
+    checks = [check_python(), *check_packages(), check_torch(), check_cpu(), check_kernels(), check_gpu()]
     checks += [check_memory(), check_disk(cache_dir()), check_files(), check_demo_model()]
     return checks + [check_port(port) for port in ports]
 
@@ -127,6 +135,23 @@ def _cpu_flags() -> set[str]:
         if key.strip() in ("flags", "Features"):
             return set(value.split())
     return set()
+
+
+def check_kernels() -> Check:
+    """Compiles them where no engine has done so yet."""
+    name = "cpu kernels"
+    try:
+        probe = _run([sys.executable, "-c", KERNELS_PROBE])
+    except subprocess.TimeoutExpired:
+        return Check(name, FAIL, f"took over {PROBE_TIMEOUT_S:.0f} s")
+    if probe.returncode != 0:
+        return Check(name, FAIL, (probe.stderr.strip().splitlines() or ["no message"])[-1])
+    found = json.loads(probe.stdout)
+    if found["lacks"]:
+        return Check(name, WARN, found["lacks"], "CPU engines run on torch alone, at half the speed or less")
+    if found["int8_lacks"]:
+        return Check(name, WARN, f"compiled; no int8: {found['int8_lacks']}", "CPU engines run in float32")
+    return Check(name, OK, "compiled; int8 is the default on the CPU")
 
 
 def check_gpu() -> Check:

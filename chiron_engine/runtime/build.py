@@ -126,7 +126,7 @@ def _with_pools(
     if device.type == "cuda":
         _check_swap_space(sizes.host_blocks * block_bytes, available_bytes())
     executor = make_executor(config, model, sizes, device)
-    report(sizes.describe(), 1.0)
+    report(f"{sizes.describe()}; dtype {model.precision.name}", 1.0)
     return executor
 
 

@@ -18,7 +18,7 @@ def test_json_names_every_check() -> None:
         result = chiron("doctor", "--json", "--port", str(port))
     report = json.loads(result.stdout)
     checks = {check["name"]: check for check in report["checks"]}
-    assert {"python", "torch", "torch import", "cpu", "gpu", "memory", "disk", "smollm2"} <= checks.keys()
+    assert {"python", "torch", "torch import", "cpu", "cpu kernels", "gpu", "memory", "disk", "smollm2"} <= checks.keys()
     assert checks["python"]["status"] == OK
     assert checks[f"port {port}"]["status"] == WARN
     assert str(os.getpid()) in checks[f"port {port}"]["detail"]
@@ -52,3 +52,13 @@ def test_a_broken_torch_is_reported_with_its_last_words(monkeypatch: pytest.Monk
 def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_checks, "LITTLE_MEMORY", 1 << 60)
     assert host_checks.check_memory().status == WARN
+
+
+def test_kernels_that_cannot_be_compiled_are_a_warning_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CHIRON_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    check = host_checks.check_kernels()
+    assert check.status == WARN and ("no C compiler" in check.detail or "lacks" in check.detail)
