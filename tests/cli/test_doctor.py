@@ -18,7 +18,17 @@ def test_json_names_every_check() -> None:
         result = chiron("doctor", "--json", "--port", str(port))
     report = json.loads(result.stdout)
     checks = {check["name"]: check for check in report["checks"]}
-    assert {"python", "torch", "torch import", "cpu", "cpu kernels", "gpu", "memory", "disk", "smollm2"} <= checks.keys()
+    assert {
+        "python",
+        "torch",
+        "torch import",
+        "cpu",
+        "cpu kernels",
+        "gpu",
+        "memory",
+        "disk",
+        "smollm2",
+    } <= checks.keys()
     assert checks["python"]["status"] == OK
     assert checks[f"port {port}"]["status"] == WARN
     assert str(os.getpid()) in checks[f"port {port}"]["detail"]

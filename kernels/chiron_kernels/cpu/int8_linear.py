@@ -1,6 +1,6 @@
 """Linear layers with 8-bit weights and activations on the CPU: source/int8_linear.c.
 
-Weights and activations are rounded in groups of 64 along the input axis, each with its own scale.
+Weights and activations are rounded in groups of 32 along the input axis, each with its own scale.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-GROUP = 64
+GROUP = 32
 COLUMNS = 32
 LARGEST = 127
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int8Weight:
-    """A weight [outputs, inputs] as the kernel reads it, inputs filled with 0 up to a multiple of 64
-    and outputs up to one of 32.
+    """A weight [outputs, inputs] as the kernel reads it, both filled up with 0 to multiples of 32.
 
     values: uint8 [outputs / 32, inputs / 4, 32, 4], the rounded weight plus 128.
-    scales: float32 [outputs / 32, inputs / 64, 32]. bias: float32 [outputs], filled up, or None.
+    scales: bfloat16 [outputs / 32, inputs / 32, 32]. bias: float32 [outputs], filled up, or None.
     """
 
     values: torch.Tensor
@@ -36,7 +35,7 @@ def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Wei
     """Round a floating-point weight [outputs, inputs] to 8 bits. Raises ValueError where it holds
     anything that is not finite."""
     outputs, inputs = weight.shape
-    rounded, scales = round_groups(pad(weight.float(), (0, -inputs % GROUP, 0, -outputs % COLUMNS)))
+    rounded, scales = round_weight(pad(weight.float(), (0, -inputs % GROUP, 0, -outputs % COLUMNS)))
     if not bool(scales.isfinite().all()):
         raise ValueError(f"a weight of shape {list(weight.shape)} holds values that are not finite")
     blocks = rounded.shape[0] // COLUMNS
@@ -47,13 +46,16 @@ def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Wei
     return Int8Weight(values, scales, bias, inputs, outputs)
 
 
-def round_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [N, K], K a multiple of 64, as whole numbers in [-127, 127] (float [N, K]) and scales
-    [N, K / 64]: x is about the one times the other."""
-    groups = x.unflatten(1, (-1, GROUP))
+def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K], K a multiple of 32, as whole numbers in [-127, 127] (float [N, K]) and scales
+    bfloat16 [N, K / 32]: the weight is about the one times the other. What lies below the smallest
+    normal bfloat16 becomes 0."""
+    groups = weight.unflatten(1, (-1, GROUP))
     top = groups.abs().amax(dim=-1)
-    steps = torch.where(top > 0, LARGEST / top, 0.0)
-    return torch.round(groups * steps[..., None]).flatten(1), top / LARGEST
+    # Rounded up, so that the largest still fits: 1 + 2^-7 is the next number at most.
+    scales = (top / LARGEST * (1 + 2**-7)).bfloat16()
+    steps = torch.where(scales >= torch.finfo(torch.bfloat16).smallest_normal, 1 / scales.float(), 0.0)
+    return torch.round(groups * steps[..., None]).clamp_(-LARGEST, LARGEST).flatten(1), scales
 
 
 def int8_linear(library: ctypes.CDLL, x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:

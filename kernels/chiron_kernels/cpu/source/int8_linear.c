@@ -1,6 +1,6 @@
 /* Linear layers with 8-bit weights and activations, for AVX-512 with VNNI.
 
-   Both are cut into groups of 64 along the input axis, each group with a scale of its own, so that
+   Both are cut into groups of 32 along the input axis, each group with a scale of its own, so that
    one large input spoils the precision of its group only. Activations are rounded to [-127, 127];
    weights, in the same range, are stored plus 128, since the instruction multiplies unsigned by
    signed: what that adds, 128 times the sum of the activations, is taken off again.
@@ -10,7 +10,7 @@
 
 #include "vectors.h"
 
-#define GROUP 64
+#define GROUP 32
 #define COLUMNS 32
 #define TILE_ROWS 6
 #define WEIGHT_OFFSET 128
@@ -49,8 +49,12 @@ static void quantise_row(const float *x, int64_t groups, int8_t *values, float *
   }
 }
 
-/* `rows` rows times one block of 32 columns. weights [inputs / 4, 32, 4], scales [groups, 32]. */
-INLINE void multiply_tile(int rows, Activations a, const uint8_t *weights, const float *scales,
+INLINE __m512 load_bfloat16(const uint16_t *from) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+}
+
+/* `rows` rows times one block of 32 columns. weights [inputs / 4, 32, 4], scales [groups, 32] in bfloat16. */
+INLINE void multiply_tile(int rows, Activations a, const uint8_t *weights, const uint16_t *scales,
                           const float *bias, float *out, int64_t out_stride) {
   __m512 total[TILE_ROWS][2];
   for (int r = 0; r < rows; r++) {
@@ -61,7 +65,7 @@ INLINE void multiply_tile(int rows, Activations a, const uint8_t *weights, const
     __m512i sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++)
       sum[r][0] = sum[r][1] = _mm512_set1_epi32(a.offsets[r * a.groups + g]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < GROUP; k += 4, weights += 4 * COLUMNS) {
       __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 4 * LANES);
       for (int r = 0; r < rows; r++) {
@@ -72,7 +76,7 @@ INLINE void multiply_tile(int rows, Activations a, const uint8_t *weights, const
         sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], right, x);
       }
     }
-    __m512 left = _mm512_loadu_ps(scales + g * COLUMNS), right = _mm512_loadu_ps(scales + g * COLUMNS + LANES);
+    __m512 left = load_bfloat16(scales + g * COLUMNS), right = load_bfloat16(scales + g * COLUMNS + LANES);
     for (int r = 0; r < rows; r++) {
       __m512 scale = _mm512_set1_ps(a.scales[r * a.groups + g]);
       total[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][0]), _mm512_mul_ps(scale, left), total[r][0]);
@@ -85,7 +89,7 @@ INLINE void multiply_tile(int rows, Activations a, const uint8_t *weights, const
   }
 }
 
-static void multiply_rows(int64_t rows, Activations a, const uint8_t *weights, const float *scales,
+static void multiply_rows(int64_t rows, Activations a, const uint8_t *weights, const uint16_t *scales,
                           const float *bias, float *out, int64_t out_stride) {
   for (; rows >= TILE_ROWS; rows -= TILE_ROWS) {
     multiply_tile(TILE_ROWS, a, weights, scales, bias, out, out_stride);
@@ -103,11 +107,12 @@ static void multiply_rows(int64_t rows, Activations a, const uint8_t *weights, c
   }
 }
 
-/* out [rows, outputs] = x [rows, inputs] W^T + bias [outputs] or NULL. inputs is a multiple of 64,
-   outputs of 32. weights [outputs / 32, inputs / 4, 32, 4] plus 128, scales [outputs / 32, groups, 32].
+/* out [rows, outputs] = x [rows, inputs] W^T + bias [outputs] or NULL. inputs and
+   outputs are multiples of 32. weights [outputs / 32, inputs / 4, 32, 4] plus 128, scales [outputs / 32,
+   groups, 32] in bfloat16.
    values, value_scales, offsets: room for the rounded x, as Activations has it. */
 void chiron_int8_linear(const float *x, int64_t rows, int64_t inputs, int64_t outputs, const uint8_t *weights,
-                        const float *scales, const float *bias, float *out, int8_t *values,
+                        const uint16_t *scales, const float *bias, float *out, int8_t *values,
                         float *value_scales, int32_t *offsets) {
   const int64_t groups = inputs / GROUP;
   const Activations activations = {values, value_scales, offsets, inputs, groups};
