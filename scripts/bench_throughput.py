@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -27,6 +28,7 @@ from chiron_engine.runtime.torch_environment import prepare_environment
 
 if TYPE_CHECKING:
     from chiron_engine.runtime.torch_executor import TorchExecutor
+    from scripts.cpu_peers.worker import Worker
 
 
 @dataclass(slots=True)
@@ -54,9 +56,27 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[
 
 def run_once(executor: TorchExecutor, prompts: list[list[int]], output_tokens: int) -> Run:
     """All requests at once, greedy, ends of sequence ignored, on a fresh core (an empty cache)."""
-    core = EngineCore(executor, max_queued_requests=len(prompts) + 1, max_queued_tokens=1 << 40)
+    core = offline_core(executor, len(prompts))
     steps: list[StepStats] = []
     core.add_step_hook(lambda stats: steps.append(stats))
+    start = core.clock.now()
+    requests = submit(core, prompts, output_tokens)
+    step_s: list[float] = []
+    while core.has_work:
+        began = time.perf_counter()
+        core.step()
+        step_s.append(time.perf_counter() - began)
+    wall_s = core.clock.now() - start
+    return summarise(requests, steps, step_s, wall_s)
+
+
+def offline_core(executor: TorchExecutor, requests: int) -> EngineCore:
+    """A fresh core with room for so many requests, and no local autoscaler to hold its batch down."""
+    return EngineCore(executor, max_queued_requests=requests + 1, max_queued_tokens=1 << 40)
+
+
+def submit(core: EngineCore, prompts: list[list[int]], output_tokens: int) -> list[Request]:
+    """All requests at once, greedy, ends of sequence ignored."""
     sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
     start = core.clock.now()
     requests: list[Request] = []
@@ -66,13 +86,7 @@ def run_once(executor: TorchExecutor, prompts: list[list[int]], output_tokens: i
         )
         core.add(request)
         requests.append(request)
-    step_s: list[float] = []
-    while core.has_work:
-        began = time.perf_counter()
-        core.step()
-        step_s.append(time.perf_counter() - began)
-    wall_s = core.clock.now() - start
-    return summarise(requests, steps, step_s, wall_s)
+    return requests
 
 
 def summarise(requests: list[Request], steps: list[StepStats], step_s: list[float], wall_s: float) -> Run:
@@ -133,7 +147,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             runs.append(run_once(executor, prompts, arguments.output_tokens))
             if peer is not None:
-                peer_rates.append(peer.run(prompts, arguments.output_tokens))
+                peer_rates.append(peer.run(prompts, arguments.output_tokens).output_tokens_per_s)
     finally:
         if peer is not None:
             peer.close()
@@ -155,7 +169,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         peer_best = statistics.median(peer_rates)
         result["peer"] = {
             "name": arguments.peer,
-            "version": peer.version,
+            "version": peer.versions["vllm"],
             "output_tokens_per_s": peer_best,
             "runs_output_tokens_per_s": peer_rates,
             "ratio": best / peer_best,
@@ -164,14 +178,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def start_peer(arguments: argparse.Namespace) -> Any:
+def start_peer(arguments: argparse.Namespace) -> Worker | None:
     if arguments.peer is None:
         return None
-    from bench_peer_vllm import VllmPeer
+    from scripts.cpu_peers.peers import PEERS, Load
 
-    return VllmPeer(
-        arguments.model, arguments.peer_dtype, arguments.max_num_batched_tokens, arguments.requests
+    load = Load(
+        model=arguments.model,
+        threads=arguments.threads or len(os.sched_getaffinity(0)),
+        max_num_seqs=arguments.requests,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        tokens_per_request=arguments.prompt_tokens + arguments.output_tokens,
     )
+    peer = PEERS[arguments.peer]
+    settings = peer.settings(load, {"dtype": arguments.peer_dtype})
+    worker = peer.worker(arguments.peer)
+    worker.start(settings)
+    return worker
 
 
 def parse_arguments() -> argparse.Namespace:

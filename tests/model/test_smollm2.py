@@ -230,7 +230,7 @@ def test_without_the_package_a_converted_model_is_enough(
     tiny_package: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = resolve_model("smollm2")
-    monkeypatch.setattr(package, "_find_gguf", lambda: None)
+    monkeypatch.setattr(package, "smollm2_gguf", lambda: None)
     assert resolve_model("smollm2") == path
     (path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"model\.safetensors is broken"):
