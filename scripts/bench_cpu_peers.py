@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -231,6 +232,8 @@ def write_json(result: dict[str, Any], target: str | None) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    # So that the engines are ended; stopped ones would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     to_file = arguments.json not in (None, "-")
     write = partial(write_json, target=arguments.json if to_file else None)
     result = compare(arguments, write)

@@ -3,8 +3,11 @@ answer to each. Runs in the environment of that engine, so it imports nothing bu
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -30,8 +33,12 @@ class Started:
     configuration: dict[str, Any] = field(default_factory=dict)
 
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
 def serve(start: Callable[[dict[str, Any]], Started]) -> None:
     """Answer until the input ends. What goes wrong is the answer to what was asked."""
+    end_with_parent()
     # Whatever the engine and its children print goes to the error stream; answers keep the real output.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -52,6 +59,12 @@ def serve(start: Callable[[dict[str, Any]], Started]) -> None:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers)
+
+
+def end_with_parent() -> None:
+    """A stopped process would outlive the one that is to wake it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def timed(engine: Engine, prompts: list[list[int]], output_tokens: int) -> dict[str, Any]:

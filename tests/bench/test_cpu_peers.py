@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -84,6 +85,40 @@ def test_a_worker_that_waits_takes_no_time_even_if_its_threads_spin(worker: Work
     time.sleep(0.2)
     assert worker.cpu_s() == before
     assert worker.run([[2]], 1).outputs == [[2]]
+
+
+def test_a_stopped_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    fake_worker(tmp_path).close()  # writes the script
+    parent = (
+        "import os, sys\n"
+        "from scripts.cpu_peers.worker import Worker\n"
+        "worker = Worker('fake', sys.argv[1:], dict(os.environ))\n"
+        "worker.start({})\n"
+        "print(worker.pid, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", parent, sys.executable, str(tmp_path / "fake.py")],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    stat = Path(f"/proc/{int(done.stdout)}/stat")
+    deadline = time.monotonic() + 30
+    while running(stat) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not running(stat)
+
+
+def running(stat: Path) -> bool:
+    """Whether there is such a process, and not only what nobody has waited for."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize(
@@ -219,6 +254,7 @@ def test_the_report_names_peers_that_failed_and_has_the_figures_of_the_rest(
     monkeypatch.setitem(PEERS, "vllm", fake("vLLM", error="no such package"))
     monkeypatch.setitem(PEERS, "llamacpp", fake("llama.cpp", holds=1))
     monkeypatch.setattr(bench_cpu_peers, "vocabulary_of", lambda model: 100)
+    monkeypatch.setattr(bench_cpu_peers.signal, "signal", lambda *handler: None)
     target = tmp_path / "out.json"
     words = ["bench_cpu_peers.py", "--requests", "1,2", "--passes", "1", "--output-tokens", "4"]
     monkeypatch.setattr(sys, "argv", [*words, "--json", str(target)])
