@@ -65,7 +65,7 @@ class LlamaCppEngine:
 
 
 def start(settings: dict[str, Any]) -> Started:
-    import llama_cpp  # type: ignore[import-not-found]
+    import llama_cpp
 
     llama_cpp.llama_backend_init()
     file = quantised(llama_cpp, Path(settings["gguf"]), Path(settings["exports"]), settings["weights"])
