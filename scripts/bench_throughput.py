@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -193,7 +194,11 @@ def start_peer(arguments: argparse.Namespace) -> Worker | None:
     peer = PEERS[arguments.peer]
     settings = peer.settings(load, {"dtype": arguments.peer_dtype})
     worker = peer.worker(arguments.peer)
-    worker.start(settings)
+    try:
+        worker.start(settings)
+    except BaseException:
+        worker.close()
+        raise
     return worker
 
 
@@ -221,6 +226,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    # So that the peer is ended, with its children; stopped ones would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     text = json.dumps(measure(arguments), indent=2)
     if arguments.json == "-":
         print(text)
