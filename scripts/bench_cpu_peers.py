@@ -118,6 +118,9 @@ def start(name: str, peer: Peer, load: Load, options: dict[str, Any]) -> tuple[C
     except Exception as error:  # of an engine that is not ours, anything may be wrong
         contestant.fail(error)
         return contestant, about
+    except BaseException:
+        contestant.close()
+        raise
     about |= {"versions": worker.versions, "configuration": worker.configuration}
     return contestant, about
 
