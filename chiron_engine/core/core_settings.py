@@ -13,6 +13,7 @@ from chiron_engine.policy.iteration.autoscaler_inputs import EngineCapacity, Itl
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.local_autoscaler import make_local_autoscaler
+from chiron_engine.policy.iteration.speculation import Speculation
 from chiron_engine.policy.iteration.step_costs import StepCosts
 
 
@@ -20,7 +21,7 @@ from chiron_engine.policy.iteration.step_costs import StepCosts
 class CoreSettings:
     """Plain data, so that a recording can hold it. shape: of the executor. local_autoscaler: its name,
     with the targets it keeps; None leaves the limits at the capacity. costs: of steps, where they are
-    known beforehand."""
+    known beforehand. num_speculative_tokens: guesses for one request in a step, at most; 0 makes none."""
 
     shape: ExecutorShape
     local_autoscaler: str | None = None
@@ -30,6 +31,7 @@ class CoreSettings:
     enable_prefix_caching: bool = True
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
+    num_speculative_tokens: int = 0
 
     @classmethod
     def from_plain(cls, fields: Mapping[str, Any]) -> CoreSettings:
@@ -46,21 +48,22 @@ class CoreSettings:
         )
 
     def build(self, executor: Executor, clock: Clock | None = None) -> EngineCore:
-        """Raises ValueError for an unknown local autoscaler."""
+        """Raises ValueError for an unknown local autoscaler, or what EngineCore refuses."""
         return EngineCore(executor, clock=clock, **self.arguments())
 
     def arguments(self) -> dict[str, Any]:
         """Those of EngineCore, but for its executor and clock. Raises what `build` raises."""
         shape, autoscaler, limits = self.shape, None, None
+        tokens = shape.num_device_blocks * shape.block_size
+        capacity = EngineCapacity(shape.max_slots, shape.max_step_tokens, shape.block_size, tokens)
         if self.local_autoscaler is None:
             limits = Limits(shape.max_slots, shape.max_step_tokens)
         else:
-            tokens = shape.num_device_blocks * shape.block_size
-            capacity = EngineCapacity(shape.max_slots, shape.max_step_tokens, shape.block_size, tokens)
             targets = self.targets
             if targets is None:
                 raise ValueError(f"the local autoscaler {self.local_autoscaler} has no targets to keep")
             autoscaler = make_local_autoscaler(self.local_autoscaler, capacity, targets, self.costs)
+        most = self.num_speculative_tokens
         return {
             "limits": limits,
             "local_autoscaler": autoscaler,
@@ -68,4 +71,5 @@ class CoreSettings:
             "enable_prefix_caching": self.enable_prefix_caching,
             "max_queued_requests": self.max_queued_requests,
             "max_queued_tokens": self.max_queued_tokens,
+            "speculation": Speculation(most, capacity, self.costs) if most else None,
         }

@@ -19,6 +19,7 @@ from chiron_engine.policy.iteration.local_autoscaler import LocalAutoscaler
 from chiron_engine.policy.iteration.plan import StepOutput, StepPlan, StepResult
 from chiron_engine.policy.iteration.request import Request, RequestState, SloClass
 from chiron_engine.policy.iteration.scheduler import Scheduler
+from chiron_engine.policy.iteration.speculation import Speculation
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class EngineLoad:
     preemptions: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -61,6 +64,8 @@ class EngineCore:
 
     local_autoscaler: sees every committed step, after the step hooks, and sets the limits, the
     first ones included (`limits` is then not to be given). What it raises fails the step.
+
+    speculation: guesses tokens. Raises ValueError for one with an executor that keeps steps under way.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class EngineCore:
         max_queued_tokens: int = 1 << 20,
         local_autoscaler: LocalAutoscaler | None = None,
         hand_back_evicted: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         shape = executor.shape
         self.shape = shape
@@ -95,7 +101,13 @@ class EngineCore:
             limits = local_autoscaler.limits
         limits = limits if limits is not None else Limits(shape.max_slots, shape.max_step_tokens)
         self._autoscaler = local_autoscaler
-        self.scheduler = Scheduler(tiers, limits, shape.max_slots)
+        if speculation is not None and shape.pipeline_depth > 1:
+            raise ValueError(
+                f"tokens cannot be guessed: this executor keeps {shape.pipeline_depth} steps under way, so "
+                f"the last tokens are not known when a step is planned; num_speculative_tokens must be 0"
+            )
+        self._speculation = speculation
+        self.scheduler = Scheduler(tiers, limits, shape.max_slots, speculation)
         self.scheduler.hand_back_evicted = hand_back_evicted
         self._set(limits)
         self._requests: dict[int, Request] = {}
@@ -242,7 +254,7 @@ class EngineCore:
         if flight.handed_back:
             output.handed_back = self._leave(flight.handed_back)
         committed = self._clock.now()
-        if self._hooks or self._autoscaler is not None:
+        if self._hooks or self._autoscaler is not None or self._speculation is not None:
             stats = self._stats_of(flight, result, output, arrived)
             stats.wait_s = arrived - began_waiting
             stats.commit_s = committed - arrived
@@ -291,6 +303,7 @@ class EngineCore:
     def load(self) -> EngineLoad:
         scheduler = self.scheduler
         device, host = scheduler.tiers.device, scheduler.tiers.host
+        speculation = self._speculation
         return EngineLoad(
             step=scheduler.step,
             running=len(scheduler.running),
@@ -304,6 +317,8 @@ class EngineCore:
             preemptions=scheduler.num_preemptions,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
+            drafted_tokens=speculation.num_drafted if speculation is not None else 0,
+            accepted_tokens=speculation.num_accepted if speculation is not None else 0,
         )
 
     def close(self) -> None:
@@ -339,10 +354,15 @@ class EngineCore:
                 self._remove_hook(hook)
         if self._autoscaler is not None:
             self._set(self._autoscaler.on_step(stats, stats.time))
+        if self._speculation is not None:
+            self._speculation.on_step(stats)
 
     def _stats_of(self, flight: InFlight, result: StepResult, output: StepOutput, now: float) -> StepStats:
         plan, decode = flight.plan, flight.plan.decode
-        stats = self._stats(plan.step, len(decode.slots), plan.decode_context, result.device_s, now)
+        requests, kv_tokens = len(decode.slots), plan.decode_context
+        if plan.drafts:
+            requests, kv_tokens = requests + len(plan.drafts), kv_tokens + plan.draft_context
+        stats = self._stats(plan.step, requests, kv_tokens, result.device_s, now)
         stats.prefill_tokens = plan.prefill_tokens
         stats.prefill_context = plan.prefill_context
         stats.swap_out_blocks = len(plan.copies_out)
@@ -353,7 +373,9 @@ class EngineCore:
         stats.finished = len(output.finished)
         stats.preempted = len(plan.preempted)
         stats.itl_interactive = decode.num_interactive
-        stats.itl_batch = len(decode.slots) - decode.num_interactive
+        if plan.drafts:
+            _add_drafts(stats, plan, output)
+        stats.itl_batch = requests - stats.itl_interactive
         return stats
 
     def _stats(self, step: int, requests: int, kv_tokens: int, device_s: float, now: float) -> StepStats:
@@ -392,3 +414,12 @@ class EngineCore:
             interactive_requests=interactive,
             batch_requests=batch,
         )
+
+
+def _add_drafts(stats: StepStats, plan: StepPlan, output: StepOutput) -> None:
+    """What guesses add to the statistics of a step."""
+    stats.itl_interactive += sum(r.slo.slo_class is SloClass.INTERACTIVE for r in plan.draft_requests)
+    stats.draft_requests = len(plan.drafts)
+    stats.drafted_tokens = plan.drafted_tokens
+    stats.accepted_tokens = sum(output.accepted)
+    stats.accepted_batch_tokens = output.accepted[SloClass.BATCH]

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from chiron_engine.core.clocks import Clock
 from chiron_engine.core.executor import ExecutorShape
-from chiron_engine.core.null_executor import scripted_token
+from chiron_engine.core.null_executor import scripted_drafts, scripted_token
 from chiron_engine.policy.iteration.plan import StepPlan, StepResult
 from chiron_engine.policy.iteration.request import Request
 
@@ -116,7 +116,9 @@ class LatencyModelExecutor:
 
     def _seconds(self, plan: StepPlan) -> float:
         requests, ahead = len(plan.decode.slots), self._ahead
-        if ahead and not plan.chunks and ahead[0] == requests and ahead[1] == plan.decode_context:
+        if plan.drafts:
+            seconds = self._next_factor() * self._drafted_seconds(plan)
+        elif ahead and not plan.chunks and ahead[0] == requests and ahead[1] == plan.decode_context:
             seconds = ahead[2]
         else:
             seconds = self._next_factor() * self._step_times.seconds(
@@ -124,6 +126,16 @@ class LatencyModelExecutor:
             )
         self._ahead = self._factor = None
         return seconds + (len(plan.copies_out) + len(plan.copies_in)) * self._copy_s_per_block
+
+    def _drafted_seconds(self, plan: StepPlan) -> float:
+        """A guess takes what a prompt token takes."""
+        guesses = [(draft.count - 1, draft.start + draft.count) for draft in plan.drafts]
+        return self._step_times.seconds(
+            len(plan.decode.slots) + len(plan.drafts),
+            plan.decode_context + plan.draft_context,
+            plan.prefill_tokens + sum(count for count, _ in guesses),
+            plan.prefill_context + sum(count * end for count, end in guesses),
+        )
 
     def _next_factor(self) -> float:
         """Of the next step to run: one draw a step, however often it is looked at before."""
@@ -165,9 +177,10 @@ class LatencyModelExecutor:
         return [request for request, since in self._stops.pop(step) if request.decode_since == since]
 
     def _tokens(self, plan: StepPlan) -> list[int]:
-        sampled = [r for c, r in zip(plan.chunks, plan.chunk_requests, strict=True) if c.samples]
         vocab = self.shape.vocab_size
-        return [scripted_token(r, len(r.output_ids), vocab) for r in (*plan.decode.requests, *sampled)]
+        requests = (*plan.decode.requests, *plan.sampled_requests)
+        tokens = [scripted_token(r, len(r.output_ids), vocab) for r in requests]
+        return tokens + scripted_drafts(plan, vocab)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -21,6 +21,15 @@ def scripted_token(request: Request, index: int, vocab_size: int) -> int:
     return (request.seed * 31 + request.prompt_ids[0] * 7 + index * 13 + 1) % vocab_size
 
 
+def scripted_drafts(plan: StepPlan, vocab_size: int) -> list[int]:
+    """After every row of the drafts."""
+    return [
+        scripted_token(request, len(request.output_ids) + row, vocab_size)
+        for draft, request in zip(plan.drafts, plan.draft_requests, strict=True)
+        for row in range(draft.count)
+    ]
+
+
 class NullExecutor:
     """Yields `scripted_token`s at once. For tests and for timing everything but the model."""
 
@@ -34,11 +43,10 @@ class NullExecutor:
         plan = handle.plan
         vocab = self.shape.vocab_size
         tokens = [scripted_token(r, len(r.output_ids), vocab) for r in plan.decode.requests]
-        tokens += [
-            scripted_token(r, len(r.output_ids), vocab)
-            for c, r in zip(plan.chunks, plan.chunk_requests, strict=True)
-            if c.samples
-        ]
+        if plan.chunks:
+            tokens += [scripted_token(r, len(r.output_ids), vocab) for r in plan.sampled_requests]
+        if plan.drafts:
+            tokens += scripted_drafts(plan, vocab)
         return StepResult(tokens)
 
     def close(self) -> None:

@@ -36,6 +36,8 @@ class PlanDigests:
             ]
         if plan.chunks:
             digest["chunks"] = [[c.slot, c.start, c.count, c.samples] for c in plan.chunks]
+        if plan.drafts:
+            digest["drafts"] = [[d.slot, d.start, list(d.tokens)] for d in plan.drafts]
         if plan.preempted:
             digest["preempted"] = [request.request_id for request in plan.preempted]
         if plan.final:

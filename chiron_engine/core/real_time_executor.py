@@ -49,7 +49,7 @@ class RealTimeExecutor(LatencyModelExecutor):
 
     def _begin(self, plan: StepPlan) -> float:
         now = self._clock.now()
-        goes_on = bool(plan.decode.slots or (plan.chunks and not plan.joined))
+        goes_on = bool(plan.decode.slots or plan.drafts or (plan.chunks and not plan.joined))
         return max(now - LONGEST_CATCH_UP_S if goes_on else now, self._busy_until)
 
     def _tokens(self, plan: StepPlan) -> list[int]:

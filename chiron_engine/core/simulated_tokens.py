@@ -71,8 +71,10 @@ class SimulatedTokens:
             request = joined.request
             ends = self._eos in request.stop_ids
             self._ends[joined.slot] = self._end(request) if ends else _NO_END
-        sampled = [r for c, r in zip(plan.chunks, plan.chunk_requests, strict=True) if c.samples]
-        return [self._next(request) for request in (*plan.decode.requests, *sampled)]
+        tokens = [self._next(request) for request in (*plan.decode.requests, *plan.sampled_requests)]
+        for draft, request in zip(plan.drafts, plan.draft_requests, strict=True):
+            tokens += [self._after(request, p, t) for p, t in enumerate(draft.tokens, draft.start + 1)]
+        return tokens
 
     def output(self, prompt_ids: Sequence[int], seed: int, count: int) -> list[int]:
         """The first `count` tokens of a request that goes on for so long, wherever it runs."""
@@ -84,9 +86,13 @@ class SimulatedTokens:
     def _next(self, request: Request) -> int:
         outputs = request.output_ids
         position = len(request.prompt_ids) + len(outputs)
+        return self._after(request, position, outputs[-1] if outputs else request.prompt_ids[-1])
+
+    def _after(self, request: Request, position: int, before: int) -> int:
+        """Of a request, the token at `position`, after the token `before`."""
         if position >= self._ends[request.slot]:
             return self._eos
-        return self._follower(request.seed, position, outputs[-1] if outputs else request.prompt_ids[-1])
+        return self._follower(request.seed, position, before)
 
     def _follower(self, seed: int, position: int, before: int) -> int:
         """The token at `position`, after the token `before`."""

@@ -26,6 +26,7 @@ from chiron_engine.core.plan_digest import PlanDigests
 from chiron_engine.core.requests import InvalidRequest, QueueFull
 from chiron_engine.core.step_stats import StepHook
 from chiron_engine.policy.iteration.autoscaler_inputs import ItlTargets
+from chiron_engine.policy.iteration.drafts import may_draft
 from chiron_engine.policy.iteration.limits import Limits, Shrink
 from chiron_engine.policy.iteration.plan import StepOutput, StepPlan, StepResult
 from chiron_engine.policy.iteration.request import Request, RequestState
@@ -289,7 +290,7 @@ def described(request: Request) -> dict[str, Any]:
     if request.block_keys or isinstance(request.prompt_ids, range):
         raise ValueError(f"request {request.request_id} stands for unknown tokens; those cannot be recorded")
     slo = request.slo
-    return {
+    line: dict[str, Any] = {
         "op": "add",
         "id": request.request_id,
         "prompt": list(request.prompt_ids),
@@ -300,6 +301,9 @@ def described(request: Request) -> dict[str, Any]:
         "salt": request.cache_salt.hex(),
         "preempted": request.num_preempted,
     }
+    if not may_draft(request):
+        line["drafts"] = False
+    return line
 
 
 def ids_of(requests: Iterable[Request]) -> list[int]:

@@ -16,6 +16,7 @@ from chiron_engine.core.requests import InvalidRequest, QueueFull
 from chiron_engine.core.step_record import FORMAT, RECORDING, ids_of
 from chiron_engine.core.step_stats import StepStats
 from chiron_engine.policy.iteration.autoscaler_inputs import ItlTargets
+from chiron_engine.policy.iteration.drafts import WITHOUT_DRAFTS
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.plan import StepOutput, StepPlan, StepResult
 from chiron_engine.policy.iteration.request import Request, Slo, SloClass
@@ -167,7 +168,7 @@ class StepReplay:
         request = Request(
             request_id=line["id"],
             prompt_ids=line["prompt"],
-            sampling=SamplingParams(),
+            sampling=SamplingParams() if line.get("drafts", True) else WITHOUT_DRAFTS,
             max_tokens=line["max_tokens"],
             stop_ids=frozenset(line["stop"]),
             slo=Slo(SloClass(slo_class), float(ttft_s), float(itl_s), deadline),

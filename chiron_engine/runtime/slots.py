@@ -3,11 +3,14 @@ many there are, and the token sampled last, which stays on the device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from chiron_engine.policy.iteration.plan import Grown, Joined, StepPlan
+from chiron_engine.policy.iteration.drafts import num_verified
+from chiron_engine.policy.iteration.plan import Draft, Grown, Joined, StepPlan
 
 from .guides import GuideTable
 from .logit_adjustments import AdjustmentTable
@@ -81,6 +84,16 @@ class SlotStates:
             entries = np.array([(g.slot, g.index, g.block) for g in grown], np.int64).T
             slots_on_device, indices, blocks = upload_array(entries, self.device)
             self.device_tables.index_put_((slots_on_device, indices), blocks)
+
+    def settle_drafts(self, drafts: Sequence[Draft], sampled: Sequence[int]) -> None:
+        """Go on behind the tokens that hold. sampled: after every row of the drafts."""
+        row = 0
+        for draft in drafts:
+            brought = sampled[row : row + draft.count]
+            row += draft.count
+            held = num_verified(draft.tokens, brought)
+            self.lengths[draft.slot] = draft.start + 1 + held
+            self.last_tokens[draft.slot] = brought[held - 1]
 
     def known_tokens(self, slot: int, start: int, count: int) -> IntArray:
         """Tokens [start, start + count) of a request as it joined."""

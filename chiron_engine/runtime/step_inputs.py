@@ -1,7 +1,9 @@
-"""From a step plan to the packed rows of one forward pass: decodes first, then the chunks."""
+"""From a step plan to the packed rows of one forward pass: decodes first, then the chunks, then the
+drafts, which are chunks all of whose rows sample."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chiron_engine.model.attention import AttentionBatch, ChunkRows
-from chiron_engine.policy.iteration.plan import NO_DECODES, Chunk, DecodeBatch, StepPlan
+from chiron_engine.policy.iteration.plan import NO_DECODES, Chunk, DecodeBatch, Draft, StepPlan
 
 from .guides import GuidedRows
 from .logit_adjustments import LogitAdjustments
@@ -17,6 +19,8 @@ from .sampler import SamplingRows
 from .slots import SlotStates
 from .token_logprobs import LogprobRows
 from .uploads import IntArray, upload_array
+
+Run = Chunk | Draft
 
 
 @dataclass(slots=True)
@@ -84,7 +88,8 @@ class StepPacker:
         self._decodes = DecodeRows(NO_DECODES, states, block_size)
 
     def pack(self, plan: StepPlan) -> StepInputs:
-        """The inputs of the plan's forward pass. Call once per plan, after `SlotStates.apply`."""
+        """The inputs of the plan's forward pass. Call once per plan, after `SlotStates.apply`; where it
+        has drafts, `SlotStates.settle_drafts` is to follow."""
         decodes = self._advance_decodes(plan)
         positions = decodes.lens - 1
         block_index = positions // self._block_size
@@ -110,8 +115,8 @@ class StepPacker:
             guides=decodes.guides,
             logprobs=decodes.logprobs,
         )
-        if plan.chunks:
-            self._add_chunks(plan.chunks, inputs)
+        if plan.chunks or plan.drafts:
+            self._add_runs(plan, inputs)
         # The token sampled in this step is known from the next one on.
         self._states.lengths[decodes.slots_on_host] += 1
         for chunk in plan.chunks:
@@ -125,19 +130,20 @@ class StepPacker:
             self._decodes.advance(self._states, bool(plan.grown))
         return self._decodes
 
-    def _add_chunks(self, chunks: list[Chunk], inputs: StepInputs) -> None:
-        """Append the rows of the chunks, and those of them that sample."""
+    def _add_runs(self, plan: StepPlan, inputs: StepInputs) -> None:
+        """Append the rows of the chunks and the drafts, and those of them that sample."""
         states, device = self._states, self._states.device
-        inputs.batch.chunks = self._chunk_rows(chunks, inputs.batch.num_decodes)
-        packed = upload_array(np.concatenate([self._columns(c) for c in chunks], axis=1), device)
+        runs: list[Run] = [*plan.chunks, *plan.drafts]
+        inputs.batch.chunks = self._chunk_rows(runs, inputs.batch.num_decodes)
+        packed = upload_array(np.concatenate([self._columns(run) for run in runs], axis=1), device)
         inputs.input_ids = torch.cat((inputs.input_ids, packed[0]))
         inputs.positions = torch.cat((inputs.positions, packed[1]))
         inputs.batch.write_blocks = torch.cat((inputs.batch.write_blocks, packed[2]))
         inputs.batch.write_offsets = torch.cat((inputs.batch.write_offsets, packed[3]))
         sampled = [
-            (rows.row_start + rows.count - 1, chunk.slot, chunk.start + chunk.count)
-            for chunk, rows in zip(chunks, inputs.batch.chunks, strict=True)
-            if chunk.samples
+            (rows.row_start + index, run.slot, run.start + index + 1)
+            for run, rows in zip(runs, inputs.batch.chunks, strict=True)
+            for index in _sampled(run)
         ]
         if not sampled:
             return
@@ -153,18 +159,28 @@ class StepPacker:
         inputs.guides = states.guides.rows(slots, inputs.batch.num_decodes)
         inputs.logprobs = states.logprobs.rows(slots)
 
-    def _chunk_rows(self, chunks: list[Chunk], row: int) -> list[ChunkRows]:
+    def _chunk_rows(self, runs: Sequence[Run], row: int) -> list[ChunkRows]:
         found = []
-        for chunk in chunks:
-            blocks = -(-(chunk.start + chunk.count) // self._block_size)
-            table = self._states.device_tables[chunk.slot, :blocks]
-            found.append(ChunkRows(row_start=row, count=chunk.count, context=chunk.start, table=table))
-            row += chunk.count
+        for run in runs:
+            blocks = -(-(run.start + run.count) // self._block_size)
+            table = self._states.device_tables[run.slot, :blocks]
+            found.append(ChunkRows(row_start=row, count=run.count, context=run.start, table=table))
+            row += run.count
         return found
 
-    def _columns(self, chunk: Chunk) -> IntArray:
-        """Token, position, block and offset of each row of a chunk: [4, count]."""
-        positions = np.arange(chunk.start, chunk.start + chunk.count)
-        blocks = self._states.tables[chunk.slot, positions // self._block_size]
-        tokens = self._states.known_tokens(chunk.slot, chunk.start, chunk.count)
+    def _columns(self, run: Run) -> IntArray:
+        """Token, position, block and offset of each row of a run: [4, count]."""
+        positions = np.arange(run.start, run.start + run.count)
+        blocks = self._states.tables[run.slot, positions // self._block_size]
+        if isinstance(run, Draft):
+            tokens: IntArray = np.array(run.tokens, np.int64)
+        else:
+            tokens = self._states.known_tokens(run.slot, run.start, run.count)
         return np.stack((tokens, positions, blocks, positions % self._block_size))
+
+
+def _sampled(run: Run) -> range:
+    """Rows of a run whose logits are wanted."""
+    if isinstance(run, Draft):
+        return range(run.count)
+    return range(run.count - 1, run.count) if run.samples else range(0)

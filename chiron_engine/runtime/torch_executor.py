@@ -125,7 +125,7 @@ class TorchExecutor:
         where that is asked for."""
         self._copy_blocks(plan)
         self._states.apply(plan)
-        if not (plan.decode.slots or plan.chunks):
+        if not (plan.decode.slots or plan.chunks or plan.drafts):
             return self._no_tokens, None
         inputs = self._packer.pack(plan)
         logits = self.model.forward(
@@ -136,6 +136,9 @@ class TorchExecutor:
         wanted = self._adjusted(logits, inputs)
         tokens, valid = sample(wanted, inputs.sampling, inputs.token_positions)
         self._states.last_tokens.index_copy_(0, inputs.slots, tokens)
+        if plan.drafts:
+            rows = sum([draft.count for draft in plan.drafts])
+            self._states.settle_drafts(plan.drafts, tokens[-rows:].tolist())
         logprobs = None if inputs.logprobs is None else logprobs_of(logits, tokens, inputs.logprobs)
         return torch.where(valid, tokens, NO_TOKEN), logprobs
 

@@ -12,11 +12,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from chiron_engine.core.clocks import VirtualClock
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.executor import ExecutorShape
+from chiron_engine.policy.iteration.autoscaler_inputs import EngineCapacity
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.plan import StepPlan
 from chiron_engine.policy.iteration.request import FinishReason, Request, RequestState, Slo, SloClass
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
+from chiron_engine.policy.iteration.speculation import Speculation
 from tests.core.checked_executor import CheckedExecutor, reference_output
 
 VOCAB = 40
@@ -36,6 +38,7 @@ class EngineMachine(RuleBasedStateMachine):
         costs=st.sampled_from([SAVE, RECOMPUTE]),
         optimistic=st.booleans(),
         hand_back=st.booleans(),
+        guesses=st.sampled_from([0, 0, 1, 7]),
     )
     def start(
         self,
@@ -46,8 +49,10 @@ class EngineMachine(RuleBasedStateMachine):
         costs: SwapCosts,
         optimistic: bool,
         hand_back: bool,
+        guesses: int,
     ) -> None:
         shape = ExecutorShape(BLOCK, blocks, host_blocks, SLOTS, BUDGET, blocks * BLOCK, VOCAB, depth)
+        capacity = EngineCapacity(SLOTS, BUDGET, BLOCK, blocks * BLOCK)
         self.clock = VirtualClock()
         self.executor = CheckedExecutor(shape)
         self.core = EngineCore(
@@ -57,6 +62,7 @@ class EngineMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             swap_costs=costs,
             hand_back_evicted=hand_back,
+            speculation=Speculation(guesses, capacity) if guesses and depth == 1 else None,
         )
         if optimistic:  # outputs are predicted to be short, so too much is admitted and blocks run out
             for _ in range(20):
@@ -135,7 +141,10 @@ class EngineMachine(RuleBasedStateMachine):
     def check_plan(self, plan: StepPlan) -> None:
         decodes = len(plan.decode.slots)
         assert plan.prefill_tokens == sum(c.count for c in plan.chunks)
-        assert decodes + plan.prefill_tokens <= max(self.core.scheduler.limits.token_budget, decodes)
+        decodes += len(plan.drafts)
+        tokens = decodes + plan.prefill_tokens + plan.drafted_tokens
+        assert tokens <= max(self.core.scheduler.limits.token_budget, decodes)
+        assert not set(plan.draft_requests) & set(plan.decode.requests)
         assert not set(plan.preempted) & {j.request for j in plan.joined}
 
     @rule(data=st.data())
@@ -207,6 +216,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert (scheduler.num_running_batch, scheduler.queued_tokens) == (0, 0)
         assert scheduler.num_requests == [0, 0]
         assert scheduler._decodes.is_idle() and scheduler._prefills.is_idle() and scheduler._kv.is_idle()
+        assert scheduler.speculation is None or scheduler.speculation.is_idle()
         assert len(scheduler._free_slots) == SLOTS
         assert sorted([*self.finished, *self.gone]) == sorted(self.requests)
         for number, request in self.finished.items():

@@ -18,11 +18,11 @@ class KvAdmission:
     end at once. Only where that bound does not hold, the forecast says what the peak is.
     """
 
-    __slots__ = ("_forecast", "_output_lengths", "_promised", "_tiers", "_watermark")
+    __slots__ = ("_forecast", "_output_lengths", "_promised", "_tiers", "watermark")
 
     def __init__(self, tiers: KvTiers, output_lengths: OutputLengths) -> None:
         self._tiers = tiers
-        self._watermark = int(tiers.device.num_blocks * WATERMARK)
+        self.watermark = int(tiers.device.num_blocks * WATERMARK)
         self._output_lengths = output_lengths
         self._forecast = KvForecast(tiers.block_size, self.tokens_to_come)
         self._promised = 0
@@ -36,7 +36,7 @@ class KvAdmission:
         spare = tiers.device.num_free - placement.free_needed
         if not running:
             return spare >= 0
-        if spare < self._watermark:
+        if spare < self.watermark:
             return False
         capacity = tiers.device.num_blocks
         if self._promised + request.promised_blocks <= capacity:
@@ -51,6 +51,11 @@ class KvAdmission:
     def leave(self, request: Request) -> None:
         self._promised -= request.promised_blocks
         self._forecast.leave(request)
+
+    def renew(self, request: Request, step: int) -> None:
+        """It came further than a token a step."""
+        self._forecast.leave(request)
+        self._forecast.join(request, step)
 
     def tokens_to_come(self, request: Request, step: int) -> int:
         """How many more tokens the request is predicted to produce from `step` on."""

@@ -115,6 +115,23 @@ class KvTiers:
         self.seal(request, position - 1, position)
         return block
 
+    def reserve(self, request: Request, tokens: int, spare: int) -> list[int]:
+        """Blocks for guesses: lengthen a table towards so many tokens, as far as `spare` blocks stay free;
+        returns those added."""
+        wanted = self.blocks_for(tokens) - len(request.blocks)
+        blocks = self.device.allocate(max(0, min(wanted, self.device.num_free - spare)))
+        request.blocks += blocks
+        return blocks
+
+    def settle_draft(self, request: Request, start: int, end: int) -> None:
+        """Of a table with blocks reserved for guesses, tokens [start, end) are computed and held: seal
+        what they fill, and give back the blocks behind them."""
+        self.seal(request, start, end)
+        kept = self.blocks_for(end)
+        if len(request.blocks) > kept:
+            self.device.release(request.blocks[kept:])
+            del request.blocks[kept:]
+
     def seal(self, request: Request, start: int, end: int) -> None:
         """Tokens [start, end) are computed as of this step: make the blocks they fill findable, where
         another request could find them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .request import Request
+from .request import Request, SloClass
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +41,25 @@ class Chunk:
     start: int
     count: int
     samples: bool
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """The request in `slot`, which decodes, computes its last known token, at position `start`, and
+    guesses of those that follow it: `tokens` is all of them, in order.
+
+    Every one of them is sampled after, each with the key of its own position. So the tokens that
+    hold are those which decoding one by one would have brought (`drafts.num_verified`).
+    """
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+
+    @property
+    def count(self) -> int:
+        """Rows of the step, one for each token."""
+        return len(self.tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +94,8 @@ NO_DECODES = DecodeBatch()
 
 @dataclass(slots=True, eq=False)
 class StepPlan:
-    """One step. Sampled rows are ordered: `decode` in its order, then the chunks with `samples`.
+    """One step. Sampled rows are ordered: `decode` in its order, then the chunks with `samples`, then
+    all rows of `drafts`.
 
     left: slots given back since the last plan; applied first (a slot may appear here and in `joined`).
     chunk_requests: the request of each chunk, in order. final: requests whose last token, by
@@ -83,6 +103,8 @@ class StepPlan:
     decode_context: sum over decoding requests of the KV length each attends to (its own token
     included). prefill_tokens: sum of the chunk counts. prefill_context: sum over chunks of
     count x KV length at the chunk's end. All three feed the latency model.
+    drafts: requests that decode with guesses, none of them in `decode`; draft_requests: in order.
+    draft_context: sum of their KV lengths, without the guesses.
     """
 
     step: int
@@ -99,11 +121,24 @@ class StepPlan:
     prefill_tokens: int = 0
     prefill_context: int = 0
     preempted: list[Request] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
+    draft_requests: list[Request] = field(default_factory=list)
+    draft_context: int = 0
+
+    @property
+    def sampled_requests(self) -> list[Request]:
+        """Those whose chunks sample."""
+        return [r for c, r in zip(self.chunks, self.chunk_requests, strict=True) if c.samples]
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Guesses computed."""
+        return sum([draft.count - 1 for draft in self.drafts])
 
     @property
     def is_empty(self) -> bool:
         """Nothing to compute and nothing to copy: the executor need not see this plan."""
-        return not (self.decode.slots or self.chunks or self.copies_out or self.copies_in)
+        return not (self.decode.slots or self.chunks or self.drafts or self.copies_out or self.copies_in)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,10 +152,12 @@ class TokenLogprobs:
 
 @dataclass(slots=True, eq=False)
 class StepOutput:
-    """What a committed step brought: tokens[i] is the new token of requests[i] (None where the
-    executor models no values); the requests that finished carry their `finish_reason`. handed_back:
+    """What a committed step brought: tokens[i] is a new token of requests[i] (None where the executor
+    models no values); a request whose guesses held is there several times, its tokens in order. The
+    requests that finished carry their `finish_reason`. handed_back:
     evicted requests that have left the engine, what was saved of them still on its host tier.
-    logprobs: by request id, of those tokens for which they are asked."""
+    logprobs: by request id, of those tokens for which they are asked. accepted: guesses that held, by
+    class."""
 
     step: int
     requests: Sequence[Request] = ()
@@ -128,6 +165,7 @@ class StepOutput:
     finished: list[Request] = field(default_factory=list)
     handed_back: list[Request] = field(default_factory=list)
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    accepted: list[int] = field(default_factory=lambda: [0] * len(SloClass))
 
 
 @dataclass(slots=True, eq=False)

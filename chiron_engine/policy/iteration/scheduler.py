@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 from .blocks import OutOfBlocks
 from .decodes import Decodes
+from .drafting import Drafting
 from .kv_admission import KvAdmission
 from .kv_tiers import KvTiers, Placement
 from .limits import Limits
@@ -24,6 +25,7 @@ from .output_lengths import OutputLengths
 from .plan import Grown, Joined, StepOutput, StepPlan, StepResult
 from .prefills import Prefills
 from .request import FinishReason, Request, RequestState, SloClass
+from .speculation import Speculation
 from .step_outcome import ENDED, outcome
 from .waiting_queue import WaitingQueue, priority
 
@@ -42,9 +44,12 @@ class Scheduler:
     hand_back_evicted: batch requests that lose their place leave the engine, listed in
     `handed_back` until somebody takes them from there, instead of waiting here for another.
     num_requests: of each class, waiting or running. num_running_batch: of the batch class, running.
+    speculation: guesses tokens; `plan` then must not run ahead of `commit`.
     """
 
-    def __init__(self, tiers: KvTiers, limits: Limits, max_slots: int) -> None:
+    def __init__(
+        self, tiers: KvTiers, limits: Limits, max_slots: int, speculation: Speculation | None = None
+    ) -> None:
         self.tiers = tiers
         self.limits = limits
         self.max_slots = max_slots
@@ -61,6 +66,8 @@ class Scheduler:
         self._decodes = Decodes(tiers.block_size)
         self._prefills = Prefills(tiers)
         self._kv = KvAdmission(tiers, self.output_lengths)
+        self.speculation = speculation
+        self._drafting = Drafting(speculation, tiers, self._decodes, self._kv) if speculation else None
         self._first_tokens: list[tuple[float, int, Request]] = []
         self._num_added = 0
         self._free_slots = list(range(max_slots - 1, -1, -1))
@@ -152,7 +159,7 @@ class Scheduler:
 
         Running requests come first: their tables grow, if need be at the cost of others. Waiting ones
         join as far as places, token budget and KV allow. Then what the decodes leave of the budget
-        goes to prompts, those that have just joined included.
+        goes to prompts, those that have just joined included, and then to guesses.
         """
         plan = StepPlan(self.step, left=self._left)
         decodes, prefills = self._decodes, self._prefills
@@ -165,6 +172,8 @@ class Scheduler:
             self._admit(plan, now)
         if any(prefills.tokens_left):
             prefills.advance(self.limits.token_budget - len(decodes.requests), plan)
+        if self._drafting is not None and decodes.requests:
+            self._drafting.plan(plan, self.limits.token_budget)
         if decodes.requests:
             plan.decode = decodes.batch()
             plan.decode_context = decodes.context
@@ -377,6 +386,8 @@ class Scheduler:
         del self.running[request]
         self._kv.leave(request)
         self.num_running_batch -= request.slo.slo_class is SloClass.BATCH
+        if self.speculation is not None:
+            self.speculation.forget(request)
         self._left.append(request.slot)
         self._free_slots.append(request.slot)
         request.slot = -1
@@ -387,6 +398,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepOutput:
         """Take in the tokens of the oldest step under way, and end the requests they complete."""
         output, ended = outcome(plan, result, now)
+        if self._drafting is not None and plan.drafts:
+            self._drafting.commit(plan, self.step)
         for request, reason, produced in ended:
             self._finish(request, reason, produced)
             # Steps planned further ahead bring it nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .drafts import end_of, take_verified
 from .plan import StepOutput, StepPlan, StepResult
 from .request import ENDED, FinishReason, Request, RequestState
 
@@ -16,21 +17,26 @@ def outcome(plan: StepPlan, result: StepResult, now: float) -> tuple[StepOutput,
     more of them."""
     requests: Sequence[Request] = plan.decode.requests
     if plan.chunks:
-        sampled = [r for c, r in zip(plan.chunks, plan.chunk_requests, strict=True) if c.samples]
+        sampled = plan.sampled_requests
         requests = (*requests, *sampled)
         for request in sampled:
             if request.first_token is None and request.state is not RequestState.LEFT:
                 request.first_token = now
-    output = StepOutput(plan.step, requests, result.tokens)
+    tokens = result.tokens
+    output = StepOutput(plan.step, requests, tokens)
+    if plan.drafts and tokens is not None:
+        output.tokens = tokens[: len(requests)]
     if result.logprobs:
         output.logprobs = {requests[row].request_id: found for row, found in result.logprobs.items()}
     ended: list[Ending] = []
-    if result.tokens is not None:
-        ended = _append(output, result.tokens)
+    if output.tokens is not None:
+        ended = _append(output, output.tokens)
     elif result.stopped:
         ended = _named(result.stopped, plan.step)
     if plan.final:
         ended += _final(plan.final, ended)
+    if plan.drafts and tokens is not None:
+        ended += _verify(plan, tokens[len(requests) :], output)
     output.finished = [ending[0] for ending in ended]
     return output, ended
 
@@ -51,6 +57,19 @@ def _append(output: StepOutput, tokens: Sequence[int]) -> list[Ending]:
         output.requests = tuple(r for r, _ in live)
         output.tokens = [t for _, t in live]
     return stopped
+
+
+def _verify(plan: StepPlan, sampled: Sequence[int], output: StepOutput) -> list[Ending]:
+    """Append the tokens of drafts that hold; returns those that end with one of them."""
+    requests, tokens = take_verified(plan, sampled)
+    live = [request for request in plan.draft_requests if request.state not in ENDED]
+    for request in requests:
+        output.accepted[request.slo.slo_class] += 1
+    for request in live:
+        output.accepted[request.slo.slo_class] -= 1
+    output.requests = (*output.requests, *requests)
+    output.tokens = [*(output.tokens or ()), *tokens]
+    return [(r, reason, len(r.output_ids)) for r in live if (reason := end_of(r)) is not None]
 
 
 def _named(stopped: Sequence[Request], step: int) -> list[Ending]:

@@ -14,10 +14,12 @@ class StepStats:
     prompt chunks of count x KV length at the chunk's end. itl_s: gap since the last commit, the
     inter-token latency of every request that decoded in both steps; itl_interactive and itl_batch
     count them. submit_s: handing the plan over; wait_s: waiting for the result; device_s: what the
-    executor says the step took. The last five tell a controller what waits: known tokens that
+    executor says the step took. Those from `queued_tokens` tell a controller what waits: known tokens that
     waiting and prefilling requests still have to compute, and those of interactive ones; when the
     first token of the most urgent interactive one is due (infinite without one); requests of each
-    class in the engine.
+    class in the engine. draft_requests: of those that decode, the ones with guesses; drafted_tokens:
+    guesses computed, on top of a token each; accepted_tokens: guesses that held, accepted_batch_tokens
+    those of batch requests.
     """
 
     step: int
@@ -49,6 +51,10 @@ class StepStats:
     first_token_due: float = math.inf
     interactive_requests: int = 0
     batch_requests: int = 0
+    draft_requests: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_batch_tokens: int = 0
 
     @property
     def host_s(self) -> float:
