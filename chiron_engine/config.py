@@ -10,6 +10,8 @@ DEVICE_NUMBER = re.compile(r"(?<=^cuda:)\d+$", re.ASCII)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 EXECUTORS = ("torch", "simulated")
+MOST_GUESSES = 15
+"""Of one request in a step: rows of a forward pass come in tiles of 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class EngineConfig:
     max_model_len: None takes the model's own context length.
     threads: compute threads on the CPU; None takes all cores.
     max_queued_requests, max_queued_tokens: bounds of the waiting queue.
+    num_speculative_tokens: tokens of one request that are guessed from its text for one step, at most; 0
+    guesses none. Only where one step is under way at a time, as on the CPU.
     step_log: a file that gets one JSON line per step; None writes none.
     record_steps: a folder that gets a file to replay every plan from; None writes none.
     local_autoscaler: what resizes the running batch, by name; it keeps the inter-token latencies
@@ -48,6 +52,7 @@ class EngineConfig:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
     enable_prefix_caching: bool = True
+    num_speculative_tokens: int = 0
     step_log: str | None = None
     record_steps: str | None = None
     local_autoscaler: str = "adaptive"
@@ -72,6 +77,7 @@ class EngineConfig:
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be over 0 and at most 1"
             )
         _within("seed", self.seed, 0, 2**64 - 1)
+        _within("num_speculative_tokens", self.num_speculative_tokens, 0, MOST_GUESSES)
         for name in POSITIVE:
             _at_least(name, getattr(self, name), 1)
 

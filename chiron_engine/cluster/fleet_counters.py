@@ -92,6 +92,8 @@ class EngineTotals:
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def add(self, telemetry: coordinator_pb2.Telemetry) -> None:
         self.output_tokens += telemetry.output_tokens_total
@@ -99,6 +101,8 @@ class EngineTotals:
         self.preemptions += telemetry.preemptions_total
         self.prefix_hit_tokens += telemetry.prefix_hit_tokens
         self.prefix_query_tokens += telemetry.prefix_query_tokens
+        self.drafted_tokens += telemetry.drafted_tokens
+        self.accepted_tokens += telemetry.accepted_tokens
 
 
 class FleetCounters:

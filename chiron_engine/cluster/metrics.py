@@ -245,6 +245,8 @@ def _as_vllm(taken: Snapshot) -> Iterator[Metric]:
         "prefix_cache_queries": totals.prefix_query_tokens,
         "prefix_cache_hits": totals.prefix_hit_tokens,
         "num_preemptions": totals.preemptions,
+        "spec_decode_num_draft_tokens": totals.drafted_tokens,
+        "spec_decode_num_accepted_tokens": totals.accepted_tokens,
     }
     for name, value in sums.items():
         counter = CounterMetricFamily(f"vllm:{name}", "Over all engines.", labels=("model_name",))

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from chiron_engine.config import DEVICES, DTYPES, EXECUTORS, EngineConfig
+from chiron_engine.config import DEVICES, DTYPES, EXECUTORS, MOST_GUESSES, EngineConfig
 from chiron_engine.policy.iteration.local_autoscaler import LOCAL_AUTOSCALERS
 
 from .exits import usage_errors
@@ -73,6 +73,14 @@ ENGINE_OPTIONS = dict(
             "--enable-prefix-caching/--no-enable-prefix-caching",
             bool,
             "Reuse the KV of equal prompt starts.",
+        ),
+        _entry(
+            "num_speculative_tokens",
+            "--num-speculative-tokens",
+            int,
+            "Guess so many tokens from the text where it pays (CPU).",
+            min=0,
+            max=MOST_GUESSES,
         ),
         _entry("seed", "--seed", int, "Where the seeds of unseeded requests start.", min=0),
         _entry("threads", "--threads", int | None, "CPU compute threads (all cores).", min=1),

@@ -64,7 +64,8 @@ def load_core(
     log, record = open_log(config.step_log, resources), open_record(config.record_steps, resources)
     executor, spec = build_executor(config, progress)
     resources.callback(executor.close)
-    costs = measure_step_costs(executor) if time_steps or config.local_autoscaler == "adaptive" else None
+    learns = config.local_autoscaler == "adaptive" or config.num_speculative_tokens > 0
+    costs = measure_step_costs(executor) if time_steps or learns else None
     core = build_core(config, executor, log, measure_swap_costs(executor), costs, record=record)
     return LoadedModel(
         core=core,
@@ -87,7 +88,7 @@ def build_core(
     record: StepRecord | None = None,
 ) -> EngineCore:
     """costs: of steps, where they are known beforehand. record: where to record its run. Raises
-    ValueError for an unknown local autoscaler."""
+    ValueError for an unknown local autoscaler, and for guesses where the executor keeps steps under way."""
     settings = CoreSettings(
         executor.shape,
         config.local_autoscaler,
@@ -97,6 +98,7 @@ def build_core(
         config.enable_prefix_caching,
         config.max_queued_requests,
         config.max_queued_tokens,
+        config.num_speculative_tokens,
     )
     core = settings.build(executor) if record is None else RecordedCore(settings, executor, record)
     if log is not None:

@@ -42,6 +42,8 @@ class Telemetry:
             total_host_blocks=load.total_host_blocks,
             prefix_hit_tokens=load.prefix_hit_tokens,
             prefix_query_tokens=load.prefix_query_tokens,
+            drafted_tokens=load.drafted_tokens,
+            accepted_tokens=load.accepted_tokens,
             phase="ready" if self._loop.state is LoopState.RUNNING else self._loop.state.value,
         )
         if last is not None and load.running:
@@ -56,8 +58,8 @@ class Telemetry:
 
     def _on_step(self, stats: StepStats) -> None:
         self._last = stats
-        self._output_tokens += stats.itl_interactive + stats.itl_batch
-        self._batch_tokens += stats.itl_batch
+        self._output_tokens += stats.itl_interactive + stats.itl_batch + stats.accepted_tokens
+        self._batch_tokens += stats.itl_batch + stats.accepted_batch_tokens
         if stats.decode_requests and not (stats.swap_in_blocks or stats.swap_out_blocks):
             self._last_decode = stats
 
@@ -65,10 +67,11 @@ class Telemetry:
         step = self._last_decode
         if step is None:
             return None
+        guesses = step.drafted_tokens  # they cost about what prompt tokens do
         return coordinator_pb2.MeasuredStep(
             seconds=step.itl_s or step.device_s,
             requests=step.decode_requests,
             kv_tokens=step.kv_tokens,
-            prompt_tokens=step.prefill_tokens,
-            prompt_context=step.prefill_context,
+            prompt_tokens=step.prefill_tokens + guesses,
+            prompt_context=step.prefill_context + guesses * step.kv_tokens // step.decode_requests,
         )

@@ -25,6 +25,7 @@ from chiron_engine.policy.iteration.autoscaler_inputs import ItlTargets
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.plan import StepPlan, StepResult
+from chiron_engine.policy.iteration.prompt_lookup import PromptLookup
 from chiron_engine.policy.iteration.request import Request
 from chiron_engine.policy.iteration.scheduler import Scheduler
 from chiron_engine.policy.iteration.step_costs import StepCosts
@@ -154,22 +155,26 @@ def act(recording: Recording, action: str, choice: int) -> None:
                 core.add(request)
 
 
+REPEATING_VOCAB = 26
+"""With so many tokens scripted outputs repeat after two."""
 ACTIONS = (
     "interactive", "interactive", "batch", "batch", "batch", "steps", "steps", "steps",
     "abort", "limits", "targets", "hand-back", "drain", "resume", "resume", "forget",
 )  # fmt: skip
 steps = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 10_000)), max_size=60)
 variants = st.builds(
-    lambda autoscaler, depth, caching, host: replace(
+    lambda autoscaler, depth, caching, host, guesses: replace(
         SETTINGS,
         local_autoscaler=autoscaler,
         enable_prefix_caching=caching,
-        shape=replace(SHAPE, pipeline_depth=depth, num_host_blocks=host),
+        shape=replace(SHAPE, pipeline_depth=depth, num_host_blocks=host, vocab_size=REPEATING_VOCAB),
+        num_speculative_tokens=guesses if depth == 1 else 0,
     ),
     st.sampled_from((None, "adaptive", "paper", "paper-literal", "fixed")),
     st.sampled_from((1, 2)),
     st.booleans(),
     st.sampled_from((0, 16)),
+    st.sampled_from((0, 5)),
 )
 
 
@@ -211,6 +216,50 @@ def test_a_busy_run_has_what_matters(busy_run: list[dict[str, Any]]) -> None:
     keys = {key for line in plans_of(busy_run) for key in line}
     assert {"joined", "left", "chunks", "preempted", "final", "grown", "copies_out", "copies_in"} <= keys
     assert len({tuple(line["limits"]) for line in plans_of(busy_run)}) > 3
+
+
+@pytest.fixture
+def guessing_run(tmp_path: Path) -> list[dict[str, Any]]:
+    shape = replace(SHAPE, vocab_size=REPEATING_VOCAB)
+    settings = replace(
+        SETTINGS,
+        shape=shape,
+        targets=ItlTargets(0.2, 0.5),
+        costs=StepCosts(14e-3, 1e-4, 1e-7, 2e-5),
+        num_speculative_tokens=5,
+    )
+    run = recording(tmp_path, settings)
+    for number in range(40):
+        act(run, "batch" if number % 3 else "interactive", 37 * number + number * number % 11)
+        if number % 5 == 0:
+            request = make_request(1000 + number, 9, 20)
+            request.sampling = replace(request.sampling, frequency_penalty=0.5)
+            with suppress(QueueFull):
+                run.core.add(request)
+        act(run, "steps", number % 4)
+        if number % 10 == 5:
+            act(run, "abort", number - 1)
+    assert run.core.load().accepted_tokens > 20
+    return run.finish()
+
+
+def test_guesses_replay(guessing_run: list[dict[str, Any]]) -> None:
+    replayed(guessing_run)
+    drafts = [line["drafts"] for line in plans_of(guessing_run) if "drafts" in line]
+    assert len(drafts) > 5 and all(len(tokens) > 1 for step in drafts for _, _, tokens in step)
+    assert any(line.get("drafts") is False for line in guessing_run if line.get("op") == "add")
+
+
+def test_other_guesses_are_caught(
+    guessing_run: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = next(line["step"] for line in plans_of(guessing_run) if "drafts" in line)
+    guess = PromptLookup.guess
+    monkeypatch.setattr(PromptLookup, "guess", lambda self, count: [t ^ 1 for t in guess(self, count)])
+    replay = StepReplay(guessing_run[0])
+    difference = next(filter(None, map(replay.feed, guessing_run[1:])))
+    assert difference.where == f"the plan of step {first}"
+    assert difference.expected[0].startswith("drafts ")
 
 
 def test_a_policy_that_plans_otherwise_is_caught_at_that_step(

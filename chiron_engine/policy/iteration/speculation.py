@@ -3,8 +3,8 @@
 A step with guesses takes longer and brings more tokens. Its seconds come from a model of the step that is
 learned as it runs, the tokens from the share of guesses that held. Guesses are computed where the
 tokens they are expected to bring would take longer to decode one by one, by a MARGIN. Shares are learned
-without computing any (`acceptance`); seconds are not, so where guesses are declined for theirs, one
-request gets some now and then, ever more seldom.
+without computing any (`acceptance`); seconds are not. So where guesses are declined for theirs, one
+request gets some now and then, ever more seldom, and where every step has some, one now and then has none.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ LEAST_PROBE_GAIN = 0.5
 PROBE_STEPS = 64
 MOST_PROBE_STEPS = 1024
 """Steps declined between probes, at first and at most."""
+DRAFTED_STEPS = 32
+"""Steps with guesses in a row: what steps without take is to stay known."""
+MOST_BIAS = 0.2
+"""Relative error that the model may have on average, of steps that only decode and have no guesses."""
+FIRST_BIAS = 0.5
+BIAS_SMOOTHING = 0.1
+"""Weight of a step in that average: noise is let through for an eighth or so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,8 @@ class Speculation:
         self._followed: dict[Request, _Followed | None] = {}
         self._probe_steps = PROBE_STEPS
         self._declined = 0
+        self._drafted_steps = 0
+        self._bias = FIRST_BIAS
 
     def on_step(self, stats: StepStats) -> None:
         """A step was committed."""
@@ -104,7 +113,10 @@ class Speculation:
         self.num_accepted += stats.accepted_tokens
         seconds = stats.itl_s or stats.device_s
         if seconds > 0.0 and not (stats.swap_in_blocks or stats.swap_out_blocks):
-            self._model.observe(stats, seconds)
+            expected = self._model.observe(stats, seconds)
+            if expected and not (stats.drafted_tokens or stats.prefill_tokens):
+                error = max(-1.0, min(seconds / expected - 1.0, 1.0))
+                self._bias += BIAS_SMOOTHING * (error - self._bias)
 
     def forget(self, request: Request) -> None:
         """It does not run any more."""
@@ -113,7 +125,8 @@ class Speculation:
     def choose(self, requests: Iterable[Request], load: StepLoad, room: int) -> list[Guesses]:
         """For a step in which these requests decode, all their tokens known. room: rows at most."""
         offers = [guesses for request in requests if (guesses := self._offer(request)) is not None]
-        if not offers or room <= 0 or not self._model.is_ready:
+        if not offers or room <= 0 or not self._knows_plain(load):
+            self._drafted_steps = 0
             return []
         token_s = self._model.seconds(load.requests, load.kv_tokens, 0, 0.0) / load.requests
         self._cut(offers, load, token_s)
@@ -121,7 +134,9 @@ class Speculation:
         chosen = self._worthwhile(offers, load, token_s, room)
         if chosen:
             self._declined, self._probe_steps = 0, PROBE_STEPS
+            self._drafted_steps += 1
             return chosen
+        self._drafted_steps = 0
         return self._probe(offers[0], room)
 
     def is_idle(self) -> bool:
@@ -145,6 +160,13 @@ class Speculation:
         if not tokens:
             return None
         return Guesses(request, tokens, followed.acceptance.held(followed.lookup.length, len(tokens)))
+
+    def _knows_plain(self, load: StepLoad) -> bool:
+        """Whether it is known what this step and one that only decodes take without guesses."""
+        known = self._model.has_seen(load.requests) and self._model.has_seen(
+            load.requests + load.prompt_tokens
+        )
+        return known and abs(self._bias) < MOST_BIAS and self._drafted_steps < DRAFTED_STEPS
 
     def _seconds(self, load: StepLoad, drafts: int, guesses: int) -> float:
         return self._model.seconds(

@@ -151,6 +151,13 @@ class StepModel:
             seconds += self.prompt_step_s + self.per_prompt_context_s * prompt_context
         return seconds
 
+    def has_seen(self, tokens: int) -> bool:
+        """Whether there were steps of about so many."""
+        knot = knot_below(min(tokens, self._most))
+        low, high = self._places[knot], self._places[knot + 1]
+        share = (tokens - low) / (high - low)
+        return (share > 1.0 - KNOWN or self._last[knot] > 0) and (share < KNOWN or self._last[knot + 1] > 0)
+
     def alone_s(self, kv_tokens: float) -> float:
         """Of a step in which one request decodes and nothing else happens; 0 where steps with few tokens
         were not seen."""

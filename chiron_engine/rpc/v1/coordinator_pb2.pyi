@@ -62,7 +62,7 @@ class StepCosts(_message.Message):
     def __init__(self, base_s: _Optional[float] = ..., per_request_s: _Optional[float] = ..., per_kv_token_s: _Optional[float] = ..., per_prompt_token_s: _Optional[float] = ..., per_prompt_context_s: _Optional[float] = ...) -> None: ...
 
 class Telemetry(_message.Message):
-    __slots__ = ("boot_id", "step", "running_interactive", "running_batch", "waiting", "kv_tokens", "max_running", "token_budget", "itl_s", "batch_tokens_total", "output_tokens_total", "preemptions_total", "last_step", "latency_backpressure", "throughput_backpressure", "free_blocks", "total_blocks", "free_host_blocks", "total_host_blocks", "prefix_hit_tokens", "prefix_query_tokens", "phase")
+    __slots__ = ("boot_id", "step", "running_interactive", "running_batch", "waiting", "kv_tokens", "max_running", "token_budget", "itl_s", "batch_tokens_total", "output_tokens_total", "preemptions_total", "last_step", "latency_backpressure", "throughput_backpressure", "free_blocks", "total_blocks", "free_host_blocks", "total_host_blocks", "prefix_hit_tokens", "prefix_query_tokens", "phase", "drafted_tokens", "accepted_tokens")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     RUNNING_INTERACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,8 @@ class Telemetry(_message.Message):
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     step: int
     running_interactive: int
@@ -107,7 +109,9 @@ class Telemetry(_message.Message):
     prefix_hit_tokens: int
     prefix_query_tokens: int
     phase: str
-    def __init__(self, boot_id: _Optional[str] = ..., step: _Optional[int] = ..., running_interactive: _Optional[int] = ..., running_batch: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., token_budget: _Optional[int] = ..., itl_s: _Optional[float] = ..., batch_tokens_total: _Optional[int] = ..., output_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., last_step: _Optional[_Union[MeasuredStep, _Mapping]] = ..., latency_backpressure: _Optional[float] = ..., throughput_backpressure: _Optional[float] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., total_host_blocks: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., phase: _Optional[str] = ...) -> None: ...
+    drafted_tokens: int
+    accepted_tokens: int
+    def __init__(self, boot_id: _Optional[str] = ..., step: _Optional[int] = ..., running_interactive: _Optional[int] = ..., running_batch: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., token_budget: _Optional[int] = ..., itl_s: _Optional[float] = ..., batch_tokens_total: _Optional[int] = ..., output_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., last_step: _Optional[_Union[MeasuredStep, _Mapping]] = ..., latency_backpressure: _Optional[float] = ..., throughput_backpressure: _Optional[float] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., total_host_blocks: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., phase: _Optional[str] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class MeasuredStep(_message.Message):
     __slots__ = ("seconds", "requests", "kv_tokens", "prompt_tokens", "prompt_context")
