@@ -152,7 +152,7 @@ class LimitController:
 
     def _learn(self, stats: StepStats, seconds: float) -> float:
         """Seconds that the step was expected to take, 0 where that is not known."""
-        if stats.swap_in_blocks or stats.swap_out_blocks:
+        if stats.swap_in_blocks or stats.swap_out_blocks or stats.drafted_tokens:
             return 0.0
         tail = self._tail
         expected = self._model.observe(stats, seconds)

@@ -1,10 +1,11 @@
 """Whether guesses at the tokens to come pay: who gets any in a step, and how many.
 
-A step with guesses takes longer and brings more tokens. Its seconds come from a model of the step that is
-learned as it runs, the tokens from the share of guesses that held. Guesses are computed where the
-tokens they are expected to bring would take longer to decode one by one, by a MARGIN. Shares are learned
-without computing any (`acceptance`); seconds are not. So where guesses are declined for theirs, one
-request gets some now and then, ever more seldom, and where every step has some, one now and then has none.
+A step with guesses takes longer and brings more tokens. Its seconds come from a model of the step and of
+what guesses add to it, both learned as it runs, the tokens from the share of guesses that held. Guesses
+are computed where the tokens they are expected to bring would take longer to decode one by one, by a
+MARGIN. Shares are learned without computing any (`acceptance`); seconds are not. So where guesses are
+declined for theirs, one request gets some now and then, ever more seldom, and where every step has some,
+one now and then has none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from .acceptance import Acceptance
 from .autoscaler_inputs import EngineCapacity
+from .draft_costs import DraftCosts
 from .drafts import may_draft
 from .prompt_lookup import PromptLookup
 from .request import Request
@@ -31,7 +33,7 @@ MOST_PROBE_STEPS = 1024
 DRAFTED_STEPS = 32
 """Steps with guesses in a row: what steps without take is to stay known."""
 MOST_BIAS = 0.2
-"""Relative error that the model may have on average, of steps that only decode and have no guesses."""
+"""Relative error that the model may have on average, of steps that only decode."""
 FIRST_BIAS = 0.5
 BIAS_SMOOTHING = 0.1
 """Weight of a step in that average: noise is let through for an eighth or so."""
@@ -59,6 +61,9 @@ class Guesses:
     def gain(self) -> float:
         """Tokens they are expected to bring."""
         return sum(self.chances)
+
+    def copy(self) -> Guesses:
+        return Guesses(self.request, list(self.tokens), list(self.chances))
 
     def cut(self, count: int) -> None:
         del self.tokens[count:], self.chances[count:]
@@ -100,6 +105,7 @@ class Speculation:
         self.num_accepted = 0
         self._most = most
         self._model = StepModel(capacity, prior)
+        self._costs = DraftCosts(prior.per_prompt_token_s if prior is not None else 0.0)
         self._acceptance = Acceptance()
         self._followed: dict[Request, _Followed | None] = {}
         self._probe_steps = PROBE_STEPS
@@ -112,11 +118,18 @@ class Speculation:
         self.num_drafted += stats.drafted_tokens
         self.num_accepted += stats.accepted_tokens
         seconds = stats.itl_s or stats.device_s
-        if seconds > 0.0 and not (stats.swap_in_blocks or stats.swap_out_blocks):
-            expected = self._model.observe(stats, seconds)
-            if expected and not (stats.drafted_tokens or stats.prefill_tokens):
-                error = max(-1.0, min(seconds / expected - 1.0, 1.0))
-                self._bias += BIAS_SMOOTHING * (error - self._bias)
+        if seconds <= 0.0 or stats.swap_in_blocks or stats.swap_out_blocks:
+            return
+        if stats.drafted_tokens:
+            plain_s = self._model.seconds(
+                stats.decode_requests, stats.kv_tokens, stats.prefill_tokens, stats.prefill_context
+            )
+            self._costs.observe(stats.draft_requests, stats.drafted_tokens, seconds - plain_s, plain_s)
+            return
+        expected = self._model.observe(stats, seconds)
+        if expected and not stats.prefill_tokens:
+            error = max(-1.0, min(seconds / expected - 1.0, 1.0))
+            self._bias += BIAS_SMOOTHING * (error - self._bias)
 
     def forget(self, request: Request) -> None:
         """It does not run any more."""
@@ -129,15 +142,16 @@ class Speculation:
             self._drafted_steps = 0
             return []
         token_s = self._model.seconds(load.requests, load.kv_tokens, 0, 0.0) / load.requests
-        self._cut(offers, load, token_s)
+        likeliest = max(offers, key=lambda guesses: guesses.gain).copy()
+        self._cut(offers, token_s)
         offers.sort(key=lambda guesses: guesses.gain, reverse=True)
-        chosen = self._worthwhile(offers, load, token_s, room)
+        chosen = self._worthwhile(offers, token_s, room)
         if chosen:
             self._declined, self._probe_steps = 0, PROBE_STEPS
             self._drafted_steps += 1
             return chosen
         self._drafted_steps = 0
-        return self._probe(offers[0], room)
+        return self._probe(likeliest, room)
 
     def is_idle(self) -> bool:
         """Nothing is kept for anybody. For tests."""
@@ -168,21 +182,14 @@ class Speculation:
         )
         return known and abs(self._bias) < MOST_BIAS and self._drafted_steps < DRAFTED_STEPS
 
-    def _seconds(self, load: StepLoad, drafts: int, guesses: int) -> float:
-        return self._model.seconds(
-            load.requests, load.kv_tokens, load.prompt_tokens, load.prompt_context, drafts, guesses
-        )
-
-    def _cut(self, offers: list[Guesses], load: StepLoad, token_s: float) -> None:
+    def _cut(self, offers: list[Guesses], token_s: float) -> None:
         """Leave out the guesses at the end that are not worth a row; the first one stays."""
-        row_s = (self._seconds(load, 1, self._most) - self._seconds(load, 1, 0)) / self._most
-        least = MARGIN * row_s / token_s
+        least = MARGIN * self._costs.seconds(0, 1) / token_s
         for guesses in offers:
             guesses.cut(max(1, sum([chance > least for chance in guesses.chances])))
 
-    def _worthwhile(self, offers: list[Guesses], load: StepLoad, token_s: float, room: int) -> list[Guesses]:
+    def _worthwhile(self, offers: list[Guesses], token_s: float, room: int) -> list[Guesses]:
         """Those of the first offers that save the most time; none where they save none."""
-        without_s = self._seconds(load, 0, 0)
         best, most_saved = 0, 0.0
         rows, gain = 0, 0.0
         for count, guesses in enumerate(offers, 1):
@@ -191,13 +198,13 @@ class Speculation:
                 break
             rows += len(guesses.tokens)
             gain += guesses.gain
-            saved = gain * token_s - MARGIN * (self._seconds(load, count, rows) - without_s)
+            saved = gain * token_s - MARGIN * self._costs.seconds(count, rows)
             if saved > most_saved:
                 best, most_saved = count, saved
         return offers[:best]
 
     def _probe(self, best: Guesses, room: int) -> list[Guesses]:
-        """The best offer all the same, where many steps were declined that had one as good."""
+        """All of the best offer, where many steps were declined that had one as good."""
         if best.gain < LEAST_PROBE_GAIN:
             return []
         self._declined += 1

@@ -1,11 +1,10 @@
 """How long a step takes, learned while the engine runs.
 
-    t = b(n + P + G) + a n + k K + h [P > 0] + q C + d D
+    t = b(n + P) + a n + k K + h [P > 0] + q C
 
-with n decoding requests, K the sum of their KV lengths, P prompt tokens and C as in `StepCosts`, and G
-guesses of the tokens to come that D of the n requests compute beside their own. b, the time of the matrix
-products, is a curve of stairs: kernels work in tiles, and one token more may cost as much as a hundred. So
-b is learned at knots, and is linear between them.
+with n decoding requests, K the sum of their KV lengths, P prompt tokens and C as in `StepCosts`. b, the
+time of the matrix products, is a curve of stairs: kernels work in tiles, and one token more may cost as
+much as a hundred. So b is learned at knots, and is linear between them.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ class StepModel:
     """
 
     __slots__ = (
-        "_anchor", "_draft_s", "_draft_variance", "_last", "_most", "_per_context", "_per_kv", "_per_n",
-        "_places", "_prior", "_scalar_variances", "_scalars", "_values", "_variances", "_widest", "steps",
+        "_anchor", "_last", "_most", "_per_context", "_per_kv", "_per_n", "_places", "_prior",
+        "_scalar_variances", "_scalars", "_values", "_variances", "_widest", "steps",
     )  # fmt: skip
 
     def __init__(self, capacity: EngineCapacity, prior: StepCosts | None = None) -> None:
@@ -81,8 +80,6 @@ class StepModel:
         self._values: list[float] = []
         self._variances: list[float] = []
         """Over NOISE squared."""
-        self._draft_s = self._draft_variance = 0.0
-        """d for a draft in every slot, and its variance."""
         self._scalar_variances = self._widest = self._scalars
         """Now, and at first."""
         self._last = [0] * len(self._places)
@@ -124,28 +121,18 @@ class StepModel:
     def per_prompt_context_s(self) -> float:
         return self._scalars[3] * self._per_context
 
-    def seconds(
-        self,
-        n: int,
-        kv_tokens: float,
-        prompt_tokens: int,
-        prompt_context: float,
-        drafts: int = 0,
-        guesses: int = 0,
-    ) -> float:
+    def seconds(self, n: int, kv_tokens: float, prompt_tokens: int, prompt_context: float) -> float:
         """Of a step of so much; 0 where nothing is known yet."""
         if not self._values:
             return 0.0
-        tokens = n + prompt_tokens + guesses
-        knot = min(knot_below(tokens), len(self._places) - 2)
+        knot = min(knot_below(n + prompt_tokens), len(self._places) - 2)
         low, high = self._places[knot], self._places[knot + 1]
-        share = (tokens - low) / (high - low)
+        share = (n + prompt_tokens - low) / (high - low)
         seconds = (
             (1.0 - share) * self._knot_s(knot)
             + share * self._knot_s(knot + 1)
             + self.per_request_s * n
             + self.per_kv_token_s * kv_tokens
-            + self._draft_s * self._per_n * drafts
         )
         if prompt_tokens:
             seconds += self.prompt_step_s + self.per_prompt_context_s * prompt_context
@@ -202,7 +189,7 @@ class StepModel:
             self._begin([seconds] * len(self._places), [most, most, seconds, most])
         self.steps += 1
         n, prompt = stats.decode_requests, stats.prefill_tokens
-        tokens = min(n + prompt + stats.drafted_tokens, self._most)
+        tokens = min(n + prompt, self._most)
         knot = knot_below(tokens)
         low = self._places[knot]
         x1 = (tokens - low) / (self._places[knot + 1] - low)
@@ -221,12 +208,11 @@ class StepModel:
             g_h, g_q = var_h, var_q * x_q
             expected += h + q * x_q
             spread += g_h + g_q * x_q
-        if stats.draft_requests:
-            expected, spread = self._observe_drafts(stats.draft_requests, seconds, expected, spread)
-        gain = (seconds - expected) / spread
-        if prompt:
+            gain = (seconds - expected) / spread
             h, q = h + gain * g_h, q + gain * g_q
             var_h, var_q = var_h - g_h * g_h / spread, var_q - g_q * g_q / spread
+        else:
+            gain = (seconds - expected) / spread
         least = LEAST_SHARE * seconds
         b0, b1, a, k = b0 + gain * g0, b1 + gain * g1, a + gain * g_a, k + gain * g_k
         values[knot], values[knot + 1] = b0 if b0 > least else least, b1 if b1 > least else least
@@ -240,25 +226,11 @@ class StepModel:
             self._drift_scalars(least)
         return expected if was_seen else 0.0
 
-    def _observe_drafts(
-        self, drafts: int, seconds: float, expected: float, spread: float
-    ) -> tuple[float, float]:
-        """What is expected of a step, and its spread, with so many drafts; d moves as the others do."""
-        x_d = drafts * self._per_n
-        g_d = self._draft_variance * x_d
-        expected += self._draft_s * x_d
-        spread += g_d * x_d
-        self._draft_s = max(0.0, self._draft_s + (seconds - expected) / spread * g_d)
-        drift = DRIFT_SQUARED * max(self._draft_s, LEAST_SHARE * seconds) ** 2
-        self._draft_variance += drift - g_d * g_d / spread
-        return expected, spread
-
     def _begin(self, values: list[float], deviations: list[float]) -> None:
         self._prior, self._values = values, list(values)
         self._variances = [0.0] * len(values)
         a, k, h, q = ((deviation / NOISE) ** 2 for deviation in deviations)
         self._scalar_variances = self._widest = (a, k, h, q)
-        self._draft_variance = a
 
     def _knot_s(self, knot: int) -> float:
         """From a knot seen to one that is not the curve rises as it was thought to at first."""

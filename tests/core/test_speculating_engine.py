@@ -141,5 +141,5 @@ def test_an_abort_between_plan_and_result_takes_no_tokens() -> None:
 
 def test_refuses_an_executor_that_keeps_steps_under_way() -> None:
     shape = replace(SHAPE, pipeline_depth=2)
-    with pytest.raises(ValueError, match="2 steps under way.*num_speculative_tokens must be 0"):
+    with pytest.raises(ValueError, match=r"2 steps under way.*num_speculative_tokens must be 0"):
         CoreSettings(shape, num_speculative_tokens=4).build(NullExecutor(shape), VirtualClock())
