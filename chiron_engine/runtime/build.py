@@ -43,6 +43,11 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
     report = progress if progress is not None else _no_progress
     check_config(config)
     device = resolve_device(config.device)
+    if device.type == "cuda" and config.num_speculative_tokens:
+        raise ValueError(
+            f"num_speculative_tokens is {config.num_speculative_tokens}; on {device} it must be 0: a step is "
+            f"planned before the tokens of the last one are known"
+        )
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     try:
         path = resolve_model(config.model, progress)

@@ -164,16 +164,23 @@ def test_an_engine_process_gets_the_same_configuration() -> None:
         max_num_seqs=3,
         gpu_memory_utilization=0.5,
         step_log="steps.jsonl",
+        num_speculative_tokens=7,
     )
     arguments = to_arguments(config)
     assert arguments[0] == "m"
     given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
     assert "--no-enable-prefix-caching" in arguments
     assert parse_size(given["--kv-cache-memory"]) == 123456789
+    assert arguments[arguments.index("--num-speculative-tokens") + 1] == "7"
     assert to_arguments(engine_config("m", {})) == ["m"]
     assert EngineConfig(model="m") == engine_config("m", {})
     command = engine_command(config, 1000, "info")
     assert command[command.index("--threads") + 1] == "1000"
+
+
+def test_guesses_for_a_request_are_bounded() -> None:
+    with pytest.raises(ValueError, match="num_speculative_tokens is 16; it must be between 0 and 15"):
+        EngineConfig(model="m", num_speculative_tokens=16)
 
 
 def test_engines_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .prompt_lookup import LONGEST, SHORTEST
 
-FIRST_GUESSES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+FIRST_GUESSES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 """Share that is taken to hold at first, for SHORTEST to LONGEST tokens that agree."""
 ENGINE_MEMORY = 500.0
 REQUEST_MEMORY = 30.0
