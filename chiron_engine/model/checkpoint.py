@@ -21,14 +21,10 @@ class Checkpoint:
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
-        self._file_of: dict[str, Any] = {}
+        self._file_of: dict[str, tuple[Path, Any]] = {}
         for file in weight_files(path):
-            try:
-                opened = safe_open(file, framework="pt", device="cpu")
-                names = list(opened.keys())
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"cannot read {file}: {error}; download the model again") from None
-            self._file_of.update(dict.fromkeys(names, (file, opened)))
+            opened = _open(file)
+            self._file_of.update(dict.fromkeys(opened.keys(), (file, opened)))
         self._path = path
         self._read: set[str] = set()
 
@@ -37,11 +33,27 @@ class Checkpoint:
 
     def read(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """The tensor in the dtype and on the device asked for. Where no conversion is needed it is
-        a view of the file: never write to it."""
+        a view of the file, whose pages stay in memory as long as any view does: never write to it, and
+        keep none (see `read_copy` and `map`)."""
+        return self._converted(name, shape, *self._opened(name))
+
+    def read_copy(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """Like `read`, but never a view: for the small tensors that a model keeps."""
+        return self.read(name, shape).clone()
+
+    def map(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """Like `read`, but a view of a mapping of its own: of a large table only what is looked up in
+        it takes memory."""
+        file, _ = self._opened(name)
+        return self._converted(name, shape, file, _open(file))
+
+    def _opened(self, name: str) -> tuple[Path, Any]:
         if name not in self._file_of:
             raise ModelError(f"{self._path} lacks the tensor {name}: not a complete checkpoint of this model")
+        return self._file_of[name]
+
+    def _converted(self, name: str, shape: Sequence[int], file: Path, opened: Any) -> torch.Tensor:
         self._read.add(name)
-        file, opened = self._file_of[name]
         found = tuple(opened.get_slice(name).get_shape())
         if found != tuple(shape):
             raise ModelError(
@@ -74,3 +86,10 @@ class Checkpoint:
             out[start : start + shape[0]] = self.read(name, shape)
             start += shape[0]
         return out
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read {file}: {error}; download the model again") from None

@@ -57,7 +57,7 @@ class Int8Linear:
     def __init__(self, kernels: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._kernels = kernels
         try:
-            self._weight = pack_int8(weight, bias)
+            self._weight = pack_int8(kernels, weight, bias)
         except ValueError as error:
             raise ModelError(f"cannot round the model to int8: {error}") from None
 

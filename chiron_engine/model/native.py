@@ -49,8 +49,8 @@ class LlamaLayer:
             )
 
         self.window = config.windows[index]
-        self.input_norm = weights.read(f"{prefix}input_layernorm.weight", (hidden,))
-        self.mlp_norm = weights.read(f"{prefix}post_attention_layernorm.weight", (hidden,))
+        self.input_norm = weights.read_copy(f"{prefix}input_layernorm.weight", (hidden,))
+        self.mlp_norm = weights.read_copy(f"{prefix}post_attention_layernorm.weight", (hidden,))
         self.qkv = packed("self_attn", {"q": query, "k": key, "v": key}, hidden, config.qkv_bias)
         self.output = packed("self_attn", {"o": hidden}, query, config.output_bias)
         middle = config.intermediate_size
@@ -58,8 +58,8 @@ class LlamaLayer:
         self.down = packed("mlp", {"down": hidden}, middle, config.mlp_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = weights.read(f"{prefix}self_attn.q_norm.weight", (dim,))
-            self.k_norm = weights.read(f"{prefix}self_attn.k_norm.weight", (dim,))
+            self.q_norm = weights.read_copy(f"{prefix}self_attn.q_norm.weight", (dim,))
+            self.k_norm = weights.read_copy(f"{prefix}self_attn.k_norm.weight", (dim,))
 
 
 class LlamaModel:
@@ -89,13 +89,12 @@ class LlamaModel:
         weights = Checkpoint(path, precision.compute, device)
         make_linear = _linear_of(precision, device)
         table = (config.vocab_size, config.hidden_size)
-        self._embedding = weights.read("model.embed_tokens.weight", table)
-        # Packed apart from the table even where the two are tied: the table is then only looked up in,
-        # and stays a view of the file where the file has the dtype asked for.
-        self._head = make_linear(
-            self._embedding if config.tied_embeddings else weights.read("lm_head.weight", table)
-        )
-        self._norm = weights.read("model.norm.weight", (config.hidden_size,))
+        # The table is only looked up in, so that little of it need be in memory: the head is packed apart
+        # from it even where the two are tied.
+        self._embedding = weights.map("model.embed_tokens.weight", table)
+        head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
+        self._head = make_linear(weights.read(head, table))
+        self._norm = weights.read_copy("model.norm.weight", (config.hidden_size,))
         self._rope = Rope(config.rope, precision.compute, device)
         self._attention = attention
         self._ops = _ops_of(precision, device)

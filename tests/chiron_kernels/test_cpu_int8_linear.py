@@ -7,8 +7,10 @@ import math
 
 import pytest
 import torch
-from chiron_kernels.cpu.int8_linear import GROUP, LARGEST, int8_linear, pack_int8, round_weight
+from chiron_kernels.cpu.int8_linear import COLUMNS, GROUP, int8_linear, pack_int8
 from torch.nn.functional import pad
+
+LARGEST = 127
 
 
 def by_hand(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -20,6 +22,29 @@ def by_hand(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     step = groups.abs().amax(dim=-1, keepdim=True) / LARGEST
     out = (torch.round(groups / step.where(step > 0, 1.0)).double() * step.double()).flatten(1) @ rounded.T
     return out if bias is None else out + bias.double()
+
+
+def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K], K a multiple of 32, as whole numbers in [-127, 127] (float [N, K]) and scales
+    bfloat16 [N, K / 32]."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    # Rounded up, so that the largest still fits: the next bfloat16 is larger by 2^-7 at most.
+    scales = (groups.abs().amax(dim=-1) / LARGEST * (1 + 2**-7)).bfloat16()
+    steps = torch.where(scales >= torch.finfo(torch.bfloat16).smallest_normal, 1 / scales.float(), 0.0)
+    return torch.round(groups * steps[..., None]).clamp_(-LARGEST, LARGEST).flatten(1), scales
+
+
+@pytest.mark.parametrize("shape", [(64, 320), (70, 100)], ids=str)
+def test_weights_are_rounded_and_laid_out(vnni_library: ctypes.CDLL, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape) * torch.logspace(-37, 37, shape[0])[:, None]
+    weight[3] = 0.0
+    packed = pack_int8(vnni_library, weight)
+    values, scales = round_weight(pad(weight, (0, -shape[1] % GROUP, 0, -shape[0] % COLUMNS)))
+    blocks = values.shape[0] // COLUMNS
+    laid_out = values.view(blocks, COLUMNS, -1, 4).transpose(1, 2) + 128
+    assert torch.equal(packed.values, laid_out.to(torch.uint8))
+    assert torch.equal(packed.scales, scales.view(blocks, COLUMNS, -1).transpose(1, 2))
 
 
 def test_a_rounded_weight_is_close_and_fits() -> None:
@@ -41,7 +66,7 @@ def test_equals_the_rounded_product(
     inputs, outputs = shape
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     added = torch.randn(outputs) if bias else None
-    out = int8_linear(vnni_library, x, pack_int8(weight, added))
+    out = int8_linear(vnni_library, x, pack_int8(vnni_library, weight, added))
     assert out.shape == (rows, outputs) and out.is_contiguous()
     wanted = by_hand(x, weight, added)
     # A value just between two steps may be rounded either way: a half of a step of one input.
@@ -52,14 +77,14 @@ def test_equals_the_rounded_product(
 def test_the_largest_sums_do_not_saturate(vnni_library: ctypes.CDLL) -> None:
     weight = torch.full((32, 4096), 3.0)
     weight[1] = -3.0
-    out = int8_linear(vnni_library, torch.full((1, 4096), -2.0), pack_int8(weight))
+    out = int8_linear(vnni_library, torch.full((1, 4096), -2.0), pack_int8(vnni_library, weight))
     # Sums of pairs that saturate at 16 bits would be off by a half.
     assert torch.allclose(out[0, :2], torch.tensor([-6.0, 6.0]) * 4096, rtol=1e-2)
 
 
 def test_a_row_gets_the_same_bits_whatever_stands_beside_it(vnni_library: ctypes.CDLL) -> None:
     torch.manual_seed(0)
-    weight = pack_int8(torch.randn(96, 576), torch.randn(96))
+    weight = pack_int8(vnni_library, torch.randn(96, 576), torch.randn(96))
     x = torch.randn(64, 576) * torch.logspace(-3, 3, 64)[:, None]
     together = int8_linear(vnni_library, x, weight)
     for row in range(64):
@@ -71,28 +96,28 @@ def test_one_large_input_spoils_its_group_only(vnni_library: ctypes.CDLL) -> Non
     weight, x = torch.randn(32, 128), torch.randn(1, 128)
     x[0, 5] = 1e4
     weight[:, :GROUP] = 0.0
-    out = int8_linear(vnni_library, x, pack_int8(weight))
+    out = int8_linear(vnni_library, x, pack_int8(vnni_library, weight))
     wanted = x[:, GROUP:] @ weight[:, GROUP:].T
     assert (out - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_zeros_and_no_rows(vnni_library: ctypes.CDLL) -> None:
-    weight = pack_int8(torch.zeros(33, 65))
+    weight = pack_int8(vnni_library, torch.zeros(33, 65))
     assert torch.equal(int8_linear(vnni_library, torch.zeros(2, 65), weight), torch.zeros(2, 33))
     assert int8_linear(vnni_library, torch.zeros(0, 65), weight).shape == (0, 33)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_weight_that_is_not_finite_is_refused(broken: float) -> None:
+def test_a_weight_that_is_not_finite_is_refused(vnni_library: ctypes.CDLL, broken: float) -> None:
     weight = torch.randn(4, 70)
     weight[2, 69] = broken
     with pytest.raises(ValueError, match=r"shape \[4, 70\] holds values that are not finite"):
-        pack_int8(weight)
+        pack_int8(vnni_library, weight)
 
 
 def test_an_input_that_is_not_finite_does_not_become_a_number(vnni_library: ctypes.CDLL) -> None:
     x = torch.randn(3, 64)
     x[1, 7] = math.nan
     x[2, 9] = math.inf
-    out = int8_linear(vnni_library, x, pack_int8(torch.randn(32, 64)))
+    out = int8_linear(vnni_library, x, pack_int8(vnni_library, torch.randn(32, 64)))
     assert out[0].isfinite().all() and not out[1].isfinite().any() and not out[2].isfinite().any()

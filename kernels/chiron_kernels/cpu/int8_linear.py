@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 GROUP = 32
 COLUMNS = 32
-LARGEST = 127
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,31 +30,24 @@ class Int8Weight:
     outputs: int
 
 
-def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Weight:
+def pack_int8(library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Weight:
     """Round a floating-point weight [outputs, inputs] to 8 bits. Raises ValueError where it holds
     anything that is not finite."""
     outputs, inputs = weight.shape
-    rounded, scales = round_weight(pad(weight.float(), (0, -inputs % GROUP, 0, -outputs % COLUMNS)))
+    if inputs % GROUP or outputs % COLUMNS:
+        weight = pad(weight, (0, -inputs % GROUP, 0, -outputs % COLUMNS))
+    weight = weight.float().contiguous()
+    blocks, groups = weight.shape[0] // COLUMNS, weight.shape[1] // GROUP
+    values = torch.empty(blocks, weight.shape[1] // 4, COLUMNS, 4, dtype=torch.uint8)
+    scales = torch.empty(blocks, groups, COLUMNS, dtype=torch.bfloat16)
+    library.chiron_pack_int8(
+        weight.data_ptr(), weight.shape[1], weight.shape[0], values.data_ptr(), scales.data_ptr()
+    )
     if not bool(scales.isfinite().all()):
-        raise ValueError(f"a weight of shape {list(weight.shape)} holds values that are not finite")
-    blocks = rounded.shape[0] // COLUMNS
-    values = (rounded + 128).to(torch.uint8).view(blocks, COLUMNS, -1, 4).transpose(1, 2).contiguous()
+        raise ValueError(f"a weight of shape [{outputs}, {inputs}] holds values that are not finite")
     if bias is not None:
         bias = pad(bias.float(), (0, -outputs % COLUMNS)).contiguous()
-    scales = scales.view(blocks, COLUMNS, -1).transpose(1, 2).contiguous()
     return Int8Weight(values, scales, bias, inputs, outputs)
-
-
-def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [N, K], K a multiple of 32, as whole numbers in [-127, 127] (float [N, K]) and scales
-    bfloat16 [N, K / 32]: the weight is about the one times the other. What lies below the smallest
-    normal bfloat16 becomes 0."""
-    groups = weight.unflatten(1, (-1, GROUP))
-    top = groups.abs().amax(dim=-1)
-    # Rounded up, so that the largest still fits: 1 + 2^-7 is the next number at most.
-    scales = (top / LARGEST * (1 + 2**-7)).bfloat16()
-    steps = torch.where(scales >= torch.finfo(torch.bfloat16).smallest_normal, 1 / scales.float(), 0.0)
-    return torch.round(groups * steps[..., None]).clamp_(-LARGEST, LARGEST).flatten(1), scales
 
 
 def int8_linear(library: ctypes.CDLL, x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:

@@ -128,3 +128,54 @@ void chiron_int8_linear(const float *x, int64_t rows, int64_t inputs, int64_t ou
                     bias ? bias + column : 0, out + column, outputs);
   }
 }
+
+INLINE float largest_of_group(const float *x) {
+  __m512i a = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x)));
+  __m512i b = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x + LANES)));
+  const int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(a, b)); /* as in quantise_row */
+  float top;
+  __builtin_memcpy(&top, &bits, sizeof top);
+  return top;
+}
+
+/* The bfloat16 nearest to x >= 0, ties to even. */
+INLINE uint16_t nearest_bfloat16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fc0;
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE float widen_bfloat16(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+/* Rounds weight [outputs, inputs], both multiples of 32, to the layout that chiron_int8_linear reads. A
+   group's scale is its largest value's 127th, rounded up to a bfloat16; below the smallest normal one,
+   all of the group is 0. A group with NaN or infinity has such a scale. */
+void chiron_pack_int8(const float *weight, int64_t inputs, int64_t outputs, uint8_t *values, uint16_t *scales) {
+  const int64_t groups = inputs / GROUP;
+#pragma omp parallel for
+  for (int64_t column = 0; column < outputs; column++) {
+    const float *row = weight + column * inputs;
+    uint8_t *to = values + column / COLUMNS * COLUMNS * inputs + column % COLUMNS * 4;
+    for (int64_t g = 0; g < groups; g++, row += GROUP) {
+      const uint16_t scale = nearest_bfloat16(largest_of_group(row) / 127.0f * (1.0f + 1.0f / 128));
+      scales[(column / COLUMNS * groups + g) * COLUMNS + column % COLUMNS] = scale;
+      const float wide = widen_bfloat16(scale);
+      const __m512 steps = _mm512_set1_ps(wide >= 0x1p-126f ? 1.0f / wide : 0.0f);
+      for (int half = 0; half < GROUP; half += LANES) {
+        __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(row + half), steps));
+        rounded = _mm512_max_epi32(_mm512_min_epi32(rounded, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
+        int32_t fours[LANES / 4];
+        _mm_storeu_si128((__m128i *)fours,
+                         _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(WEIGHT_OFFSET))));
+        for (int k = 0; k < LANES / 4; k++)
+          __builtin_memcpy(to + ((g * GROUP + half) / 4 + k) * 4 * COLUMNS, &fours[k], 4);
+      }
+    }
+  }
+}
