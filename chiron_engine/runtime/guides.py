@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from torch import Tensor
 
 from chiron_engine.policy.iteration.request import Request
@@ -26,6 +26,12 @@ log = logging.getLogger(__name__)
 
 KEPT = 64
 WORD_BITS = 32
+BYTE_BITS = 8
+ROWS_AT_ONCE = 4
+"""Of logits on the CPU, so that what is made of their masks stays in its cache."""
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+BOUNDS = np.where(_BITS == 1, np.inf, -np.inf).astype(np.float32)
+"""[256, 8]: for each byte of a mask an upper bound of its tokens' logits."""
 GRAMMARS: dict[str, Callable[[str], str]] = {
     "json_schema": LLMatcher.grammar_from_json_schema,
     "regex": LLMatcher.grammar_from_regex,
@@ -83,25 +89,53 @@ class GuidedRows:
     """The rows of one batch that follow a guide, for as long as they are the same requests."""
 
     def __init__(
-        self, rows: Tensor, matchers: list[LLMatcher], decode_slots: Tensor, vocab_size: int
+        self, rows: IntArray, matchers: list[LLMatcher], decode_slots: Tensor, num_rows: int, vocab_size: int
     ) -> None:
-        """rows: int64 [G]. decode_slots: of those rows that decode, which come first."""
-        self._rows = rows
+        """rows: those of them, out of `num_rows`. decode_slots: of those that decode, which come first."""
+        self._rows = None if len(rows) == num_rows else upload_array(rows, decode_slots.device)
         self._matchers = matchers
         self._decode_slots = decode_slots
         self._masks = np.empty((len(matchers), -(-vocab_size // WORD_BITS)), np.int32)
+        self._sampled: SampledTokens | None = None
 
-    def apply(self, logits: Tensor, last_tokens: Tensor) -> None:
-        """Take what a guide forbids out of `logits` [rows, vocab]. last_tokens: int64 [slots], sampled
-        last. To be called once for each token of a row, in order."""
-        sampled = last_tokens[self._decode_slots].tolist()
-        for matcher, token in zip(self._matchers, sampled, strict=False):
+    def begin(self, last_tokens: Tensor) -> None:
+        """To be called before the forward pass is queued. last_tokens: int64 [slots], sampled last."""
+        self._sampled = SampledTokens(last_tokens[self._decode_slots])
+
+    def apply(self, logits: Tensor) -> None:
+        """Take what a guide forbids out of `logits` [rows, vocab]. To be called once for each token of a
+        row, in order; on CUDA the host works while the device computes the forward pass."""
+        assert self._sampled is not None  # begun
+        for matcher, token in zip(self._matchers, self._sampled.wait(), strict=False):
             if not matcher.consume_token(token):  # all that it allows from now on is the end
                 log.warning("an output left its guide and ends: %s", _first_line(matcher.get_error()))
-        for mask, matcher in zip(self._masks, self._matchers, strict=True):
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        forbidden = forbidden_tokens(upload_array(self._masks, logits.device), logits.shape[1])
-        logits[self._rows] = logits.index_select(0, self._rows).masked_fill_(forbidden, -torch.inf)
+        compute_masks(self._matchers, self._masks)
+        if self._rows is None:
+            forbid(logits, self._masks)
+            return
+        some = logits.index_select(0, self._rows)
+        forbid(some, self._masks)
+        logits.index_copy_(0, self._rows, some)
+
+
+class SampledTokens:
+    """Tokens on their way to the host. On CUDA the copy is queued before the forward pass, so that reading
+    them waits for the step before and not for that."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._tokens = tokens
+        if tokens.device.type == "cuda":
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> list[int]:
+        if self._done is not None:
+            self._done.synchronize()
+        tokens: list[int] = self._tokens.tolist()
+        return tokens
 
 
 class GuideTable:
@@ -133,11 +167,43 @@ class GuideTable:
             return None
         decode_slots = np.array([slot for row, slot in found if row < num_decodes], np.int64)
         return GuidedRows(
-            upload_array(np.array([row for row, _ in found], np.int64), self._device),
+            np.array([row for row, _ in found], np.int64),
             [self._matchers[slot] for _, slot in found],
             upload_array(decode_slots, self._device),
+            len(slots),
             self._vocab_size,
         )
+
+
+@lru_cache(maxsize=1)
+def _executor() -> LLExecutor:
+    """Threads of their own, as many as torch has; torch's wait meanwhile, or feed the device."""
+    return LLExecutor(torch.get_num_threads())
+
+
+def compute_masks(matchers: list[LLMatcher], masks: np.ndarray) -> None:
+    """masks: int32 [matchers, words], a bit for each token, 1 where it is allowed."""
+    places = [(matcher, row) for row, matcher in enumerate(matchers)]
+    _executor().unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
+
+
+def forbid(logits: Tensor, masks: np.ndarray) -> None:
+    """Set `logits` [rows, vocab] to -inf in place where the bit of `masks` [rows, words] is 0."""
+    if logits.device.type == "cpu":
+        _forbid_on_cpu(logits, masks)
+    else:
+        logits.masked_fill_(forbidden_tokens(upload_array(masks, logits.device), logits.shape[1]), -torch.inf)
+
+
+def _forbid_on_cpu(logits: Tensor, masks: np.ndarray) -> None:
+    """The smaller of each logit and infinity with the sign of its bit: unlike a masked fill it needs no
+    branch for each token."""
+    bounds = np.empty((min(len(masks), ROWS_AT_ONCE), masks.nbytes // len(masks), BYTE_BITS), np.float32)
+    for start in range(0, len(masks), ROWS_AT_ONCE):
+        words = masks[start : start + ROWS_AT_ONCE].view(np.uint8)
+        np.take(BOUNDS, words, axis=0, out=bounds[: len(words)], mode="clip")
+        some = logits[start : start + ROWS_AT_ONCE]
+        torch.minimum(some, torch.from_numpy(bounds[: len(words)]).flatten(1)[:, : logits.shape[1]], out=some)
 
 
 def forbidden_tokens(masks: Tensor, vocab_size: int) -> Tensor:

@@ -12,7 +12,7 @@ token and the cut of min-p, top-k or top-p, lie within that rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
+from .row_maxima import largest, largest_few
 from .sampling_noise import exponentials, item_keys, random_bits, signed
 from .uploads import upload_array
 
@@ -29,7 +30,9 @@ MIN_TEMPERATURE = 1e-5
 # 2**53, so float64 holds every partial sum exactly: top-p cuts alike however a device splits a sum.
 WEIGHT_SCALE = 2.0**32
 RACE_BLOCK = 256
-TOP_P_FIRST_TRY = 64
+TOP_P_FIRST_TRY = 256
+DRAWN_AT_ONCE = 8
+"""Rows, on the CPU: what is made of them stays in its cache."""
 
 
 @dataclass(slots=True)
@@ -48,6 +51,11 @@ class SamplingRows:
     any_min_p: bool
     largest_top_k: int
     any_top_p: bool
+
+    def part(self, of: slice) -> SamplingRows:
+        """Of the rows that are drawn, these."""
+        names = ("temperature", "min_p", "top_k", "top_p", "seeds")
+        return replace(self, indices=None, **{name: getattr(self, name)[of] for name in names})
 
 
 class SamplingTable:
@@ -115,18 +123,25 @@ def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> tuple[Tenso
 
 
 def _best(logits: Tensor, value_only: bool) -> tuple[Tensor, Tensor]:
-    """The largest logits and their tokens; finding no tokens is several times quicker on the CPU."""
+    """The largest logits and their tokens; finding no tokens is quicker."""
     if value_only:
         best = logits.amax(dim=-1)
         return best, best
-    return logits.max(dim=-1)
+    return largest(logits)
 
 
 def _draw(logits: Tensor, best: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     """A draw for every row; one without a logit above -inf gets an arbitrary token id."""
+    if logits.device.type != "cpu" or len(logits) <= DRAWN_AT_ONCE:
+        return _draw_at_once(logits, best, rows, positions)
+    parts = (slice(at, at + DRAWN_AT_ONCE) for at in range(0, len(logits), DRAWN_AT_ONCE))
+    return torch.cat([_draw_at_once(logits[p], best[p], rows.part(p), positions[p]) for p in parts])
+
+
+def _draw_at_once(logits: Tensor, best: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     weights = _weights(logits, best, rows.temperature)
     if rows.any_min_p:
-        weights.masked_fill_(weights < (rows.min_p * WEIGHT_SCALE).unsqueeze(1), 0.0)
+        _keep_at_least(weights, weights, (rows.min_p * WEIGHT_SCALE).unsqueeze(1))
     if rows.largest_top_k:
         _keep_top_k(weights, logits, rows)
     if rows.any_top_p:
@@ -149,10 +164,10 @@ def _weights(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
 
 def _keep_top_k(weights: Tensor, logits: Tensor, rows: SamplingRows) -> None:
     """Zero the weights of tokens under each row's k-th largest logit; tokens equal to it stay."""
-    largest = logits.topk(rows.largest_top_k, dim=-1).values
-    kth = largest.gather(1, (rows.top_k - 1).clamp(min=0).unsqueeze(1))
+    kept, _ = largest_few(logits, rows.largest_top_k)
+    kth = kept.gather(1, (rows.top_k - 1).clamp(min=0).unsqueeze(1))
     kth.masked_fill_((rows.top_k == 0).unsqueeze(1), -torch.inf)
-    weights[:, : logits.shape[1]].masked_fill_(logits < kth, 0.0)
+    _keep_at_least(weights[:, : logits.shape[1]], logits, kth)
 
 
 def _keep_top_p(weights: Tensor, top_p: Tensor) -> None:
@@ -166,27 +181,35 @@ def _keep_top_p(weights: Tensor, top_p: Tensor) -> None:
     else:
         threshold = threshold_by_bisection(weights, needed)
     threshold.masked_fill_(keeps_all, 0.0)
-    weights.masked_fill_(weights < threshold, 0.0)
+    _keep_at_least(weights, weights, threshold)
+
+
+def _keep_at_least(weights: Tensor, values: Tensor, least: Tensor) -> None:
+    """Zero the weights where `values` [rows, some] are below `least` [rows, 1]. A masked fill branches for
+    each token on the CPU; a product does not."""
+    if weights.device.type == "cpu":
+        array = weights.numpy()
+        np.multiply(array, values.numpy() >= least.numpy(), out=array)
+    else:
+        weights.masked_fill_(values < least, 0.0)
 
 
 def threshold_by_sorting(weights: Tensor, needed: Tensor) -> Tensor:
-    """The largest t with sum(weights >= t) >= needed, [rows, 1], by sorting the heaviest few
-    tokens, and more of them only for rows where these do not suffice. Reads results on the host."""
-    threshold = torch.zeros(weights.shape[0], 1, dtype=weights.dtype, device=weights.device)
-    open_rows = torch.arange(weights.shape[0], device=weights.device)
-    count = min(TOP_P_FIRST_TRY, weights.shape[1])
-    while open_rows.numel():
-        heaviest = weights.index_select(0, open_rows).topk(count, dim=-1).values
-        reached = heaviest.cumsum(dim=-1, dtype=torch.float64) >= needed.index_select(0, open_rows)
-        found = reached.any(dim=-1)
-        first = reached.to(torch.uint8).argmax(dim=-1, keepdim=True)
-        done = found.nonzero().squeeze(1)
-        threshold[open_rows[done]] = heaviest.gather(1, first)[done]
-        if count == weights.shape[1]:
+    """The largest t with sum(weights >= t) >= needed, [rows, 1], by sorting each row, which numpy does
+    several times quicker than torch finds its heaviest tokens; of these more and more are summed for rows
+    where the first do not suffice."""
+    ordered, goals = np.sort(weights.numpy(), axis=1)[:, ::-1], needed.numpy()
+    threshold = np.zeros((len(ordered), 1), ordered.dtype)
+    open_rows, count = np.arange(len(ordered)), TOP_P_FIRST_TRY
+    while open_rows.size:
+        heaviest = ordered[open_rows, :count]
+        reached = heaviest.cumsum(axis=1, dtype=np.float64) >= goals[open_rows]
+        found = reached.any(axis=1)
+        threshold[open_rows[found], 0] = heaviest[found, reached.argmax(axis=1)[found]]
+        if count >= ordered.shape[1]:
             break
-        open_rows = open_rows[~found]
-        count = min(count * 16, weights.shape[1])
-    return threshold
+        open_rows, count = open_rows[~found], count * 16
+    return torch.from_numpy(threshold)
 
 
 def threshold_by_bisection(weights: Tensor, needed: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from chiron_engine.policy.iteration.plan import TokenLogprobs
 
+from .row_maxima import largest_few
 from .uploads import IntArray, upload_array
 
-ROWS_AT_ONCE = 32
-"""Of logits that are copied."""
+ROWS_AT_ONCE = 4
+"""Of logits that are copied on the CPU: few enough for its cache."""
+ROWS_AT_ONCE_ON_GPU = 32
 
 
 @dataclass(slots=True)
@@ -67,13 +69,15 @@ class LogprobTable:
 
 def logprobs_of(logits: Tensor, tokens: Tensor, of: LogprobRows) -> Logprobs:
     """logits: [rows, vocab] float32, as the model gave them. tokens: int64 [rows], those chosen."""
-    chosen, ids, top = [], [], []
-    for rows in of.rows.split(ROWS_AT_ONCE):
-        some = torch.log_softmax(logits.index_select(0, rows), dim=-1)
-        chosen.append(some.gather(1, tokens[rows].unsqueeze(1)).squeeze(1))
-        best = some.topk(min(max(of.counts), some.shape[1]), dim=-1)
-        ids.append(best.indices)
-        top.append(best.values)
+    most, chosen, ids, top = max(of.counts), [], [], []
+    at_once = ROWS_AT_ONCE if logits.device.type == "cpu" else ROWS_AT_ONCE_ON_GPU
+    for rows in of.rows.split(at_once):
+        some = logits.index_select(0, rows)
+        total = torch.logsumexp(some, dim=-1, keepdim=True)
+        chosen.append((some.gather(1, tokens[rows].unsqueeze(1)) - total).squeeze(1))
+        best, places = largest_few(some, min(most, some.shape[1]))
+        ids.append(places)
+        top.append(best - total)
     return Logprobs(of, torch.cat(chosen), torch.cat(ids), torch.cat(top))
 
 

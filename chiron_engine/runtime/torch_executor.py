@@ -128,6 +128,8 @@ class TorchExecutor:
         if not (plan.decode.slots or plan.chunks or plan.drafts):
             return self._no_tokens, None
         inputs = self._packer.pack(plan)
+        if inputs.guides is not None:
+            inputs.guides.begin(self._states.last_tokens)
         logits = self.model.forward(
             inputs.input_ids, inputs.positions, inputs.batch, self.device_pool, inputs.sample_rows
         )
@@ -152,7 +154,7 @@ class TorchExecutor:
         if adjustments is not None:
             adjustments.apply(logits, inputs.token_positions, last_tokens, inputs.longest)
         if guides is not None:
-            guides.apply(logits, last_tokens)
+            guides.apply(logits)
         return logits
 
     def _copy_blocks(self, plan: StepPlan) -> None:

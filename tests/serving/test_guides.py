@@ -14,7 +14,7 @@ import torch
 from chiron_engine import LLM, SamplingParams
 from chiron_engine.policy.iteration.request import Request
 from chiron_engine.policy.iteration.sampling_params import Guide
-from chiron_engine.runtime.guides import GuideCompiler, GuideTable
+from chiron_engine.runtime.guides import GuideCompiler, GuideTable, forbid, forbidden_tokens
 from tests.cli.tiny_llama import write_tiny_llama
 from tests.gateway.tiny_model import END
 
@@ -139,16 +139,45 @@ def test_what_came_from_other_engines_counts(model: Path) -> None:
     rows = table.rows(np.array([0, 2]), 0)
     assert rows is not None
     logits = torch.zeros(2, END + 1)
-    rows.apply(logits, torch.zeros(4, dtype=torch.int64))
+    rows.begin(torch.zeros(4, dtype=torch.int64))
+    rows.apply(logits)
     assert (logits[1] == 0).nonzero().flatten().tolist() == [ord("r")]
     assert (logits[0] == 0).all()
     decoding = table.rows(np.array([2]), 1)
     assert decoding is not None
     for letter, then in zip("reen", ["e", "e", "n", None], strict=True):
         logits = torch.zeros(1, END + 1)
-        decoding.apply(logits, torch.tensor([0, 0, ord(letter), 0]))
+        decoding.begin(torch.tensor([0, 0, ord(letter), 0]))
+        decoding.apply(logits)
         expected = END if then is None else ord(then)
         assert (logits[0] == 0).nonzero().flatten().tolist() == [expected]
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 32), (9, 96), (40, 1000), (5, 65)])
+def test_what_masks_forbid_is_taken_out(rows: int, vocab: int) -> None:
+    generator = np.random.default_rng(vocab)
+    masks = generator.integers(-(2**31), 2**31, (rows, -(-vocab // 32)), np.int64).astype(np.int32)
+    logits = torch.from_numpy(generator.normal(size=(rows, vocab)).astype(np.float32))
+    logits[0, :3] = torch.tensor([torch.inf, -torch.inf, 0.0])
+    expected = logits.masked_fill(forbidden_tokens(torch.from_numpy(masks), vocab), -torch.inf)
+    forbid(logits, masks)
+    assert torch.equal(logits, expected)
+
+
+def test_some_rows_of_a_batch_follow_guides(model: Path) -> None:
+    """The others stay as they are."""
+    compiler, table = GuideCompiler(model, END + 1, [END]), GuideTable(END + 1, torch.device("cpu"))
+    for slot, regex in ((1, "ab"), (3, "ba")):
+        params = SamplingParams(regex=regex)
+        compiled = compiler.compile(Guide("regex", regex))
+        table.set(slot, Request(slot, [1], params, 30, guide=compiled), np.array([1], np.int64))
+    rows = table.rows(np.array([0, 1, 2, 3]), 0)
+    assert rows is not None
+    logits = torch.zeros(4, END + 1)
+    rows.begin(torch.zeros(4, dtype=torch.int64))
+    rows.apply(logits)
+    assert (logits[::2] == 0).all()
+    assert [(row == 0).nonzero().flatten().tolist() for row in logits[1::2]] == [[ord("a")], [ord("b")]]
 
 
 def test_an_output_that_leaves_its_guide_ends(model: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -159,7 +188,8 @@ def test_an_output_that_leaves_its_guide_ends(model: Path, caplog: pytest.LogCap
     rows = table.rows(np.array([0]), 1)
     assert rows is not None
     logits = torch.zeros(1, END + 1)
-    rows.apply(logits, torch.tensor([ord("z")]))
+    rows.begin(torch.tensor([ord("z")]))
+    rows.apply(logits)
     assert (logits[0] == 0).nonzero().flatten().tolist() == [END]
     assert "an output left its guide and ends: Parser Error" in caplog.text
 
