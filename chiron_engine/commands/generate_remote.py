@@ -116,6 +116,7 @@ def _output_fields(chunks: list[inference_pb2.GenerateChunk]) -> dict[str, objec
             "cached_tokens": last.usage.cached_tokens,
         },
         "logprobs": [_logprobs(one) for chunk in chunks for one in chunk.logprobs] or None,
+        "prompt_logprobs": [_logprobs(one) for chunk in chunks for one in chunk.prompt_logprobs] or None,
     }
 
 
@@ -124,4 +125,5 @@ def _logprobs(message: types_pb2.TokenLogprobs) -> dict[str, object]:
         "logprob": message.logprob,
         "top_ids": list(message.top_ids),
         "top_logprobs": list(message.top_logprobs),
+        "rank": message.rank if message.HasField("rank") else None,
     }

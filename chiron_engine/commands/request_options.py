@@ -36,6 +36,7 @@ class RequestOptions:
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     json_schema: str | None = None
     regex: str | None = None
     grammar: str | None = None
@@ -104,6 +105,7 @@ SAMPLING_OPTIONS = dict(
             metavar="ID=BIAS",
         ),
         _entry("--logprobs", int | None, "With --json: of each token, and of so many of the likeliest."),
+        _entry("--prompt-logprobs", int | None, "The same of each token of the prompt but the first."),
         _entry("--json-schema", str | None, "The output is JSON of this schema, or @FILE.", parser=_text),
         _entry("--regex", str | None, "The output is what this matches."),
         _entry("--grammar", str | None, "The output is of this Lark grammar, or @FILE.", parser=_text),

@@ -48,6 +48,15 @@ def build_request(
         raise InvalidRequest("the prompt is empty; it must hold at least one token")
     if sampling.logprobs is not None and not shape.has_logits:
         raise InvalidRequest(f"logprobs is {sampling.logprobs}; this engine computes no model")
+    if sampling.prompt_logprobs is not None:
+        if not shape.has_logits:
+            raise InvalidRequest(
+                f"prompt_logprobs is {sampling.prompt_logprobs}; this engine computes no model"
+            )
+        try:
+            sampling.check_prompt_length(len(prompt))
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
     if sampling.guide is not None and guide is None:
         raise InvalidRequest(f"this engine has no tokenizer to follow a {sampling.guide.kind}")
     stops = set(_token_array("stop token id", sampling.stop_token_ids, shape.vocab_size))

@@ -300,6 +300,8 @@ def described(request: Request) -> dict[str, Any]:
         "arrival": request.arrival,
         "salt": request.cache_salt.hex(),
         "preempted": request.num_preempted,
+        # It takes no prefix from the cache, and its prompt is computed in smaller chunks.
+        **({} if (asked := request.sampling.prompt_logprobs) is None else {"prompt_logprobs": asked}),
     }
     if not may_draft(request):
         line["drafts"] = False

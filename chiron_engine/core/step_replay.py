@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chiron_engine.core.core_settings import CoreSettings
@@ -168,7 +168,10 @@ class StepReplay:
         request = Request(
             request_id=line["id"],
             prompt_ids=line["prompt"],
-            sampling=SamplingParams() if line.get("drafts", True) else WITHOUT_DRAFTS,
+            sampling=replace(
+                SamplingParams() if line.get("drafts", True) else WITHOUT_DRAFTS,
+                prompt_logprobs=line.get("prompt_logprobs"),
+            ),
             max_tokens=line["max_tokens"],
             stop_ids=frozenset(line["stop"]),
             slo=Slo(SloClass(slo_class), float(ttft_s), float(itl_s), deadline),

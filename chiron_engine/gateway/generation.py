@@ -19,6 +19,7 @@ from .text import ModelText
 
 # How long to wait for the engine's last word on a request that a stop string ended.
 STOP_REPORT_TIMEOUT_S = 2.0
+PROMPT_TOKENS_PER_CHUNK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Prompt:
         sampling = types_pb2.SamplingParams()
         sampling.CopyFrom(self.sampling)
         sampling.seed = (sampling.seed + index) % (1 << 64)
+        sampling.ClearField("prompt_logprobs")  # those of output 0 are the same
         return replace(self, sampling=sampling)
 
 
@@ -73,6 +75,7 @@ class Generation:
                 on_first_token()
             if stream.overflowed:
                 raise exhausted("the output is read too slowly; the request was ended", "slow_reader", None)
+            await self._write_prompt(writer)
             chunk = self._chunk(tokens, stream)
             if self._text.is_stopped:
                 await self._end_at_stop_string(chunk, writer)
@@ -82,6 +85,17 @@ class Generation:
                 return
             if chunk.token_ids:
                 await writer.write(chunk)
+
+    async def _write_prompt(self, writer: ChunkWriter) -> None:
+        """In chunks that clients take with gRPC's default limits."""
+        found, self._stream.prompt_logprobs = self._stream.prompt_logprobs, []
+        for start in range(0, len(found), PROMPT_TOKENS_PER_CHUNK):
+            part = found[start : start + PROMPT_TOKENS_PER_CHUNK]
+            await writer.write(
+                inference_pb2.GenerateChunk(
+                    request_id=self._request_id, prompt_logprobs=part, index=self._index
+                )
+            )
 
     def _chunk(self, tokens: array[int], stream: TokenStream) -> inference_pb2.GenerateChunk:
         """Tokens up to a stop string."""

@@ -158,8 +158,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def resolve(self, request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
         """A request to be run later: checked as `Generate` does, with token ids in place of text, and
         with seed and max_tokens. Raises RpcFailure."""
-        if request.sampling.HasField("logprobs"):
-            raise invalid_argument("logprobs are not kept for batches; leave them out")
+        for name in ("logprobs", "prompt_logprobs"):
+            if request.sampling.HasField(name):
+                raise invalid_argument(f"{name} are not kept for batches; leave them out")
         if request.n > 1:
             raise invalid_argument(f"n is {request.n}; a line of a batch has one output")
         prompt = await self._check(request)

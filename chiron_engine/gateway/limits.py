@@ -97,6 +97,10 @@ def check_length(prompt_tokens: int, sampling: SamplingParams, max_model_len: in
         if prompt_tokens + asked > max_model_len:
             what = f"the prompt has {prompt_tokens} tokens and {name} is {asked}"
             raise over_context(what, max_model_len)
+    try:
+        sampling.check_prompt_length(prompt_tokens)
+    except ValueError as error:
+        raise invalid_argument(str(error)) from None
 
 
 def over_context(what: str, max_model_len: int) -> RpcFailure:

@@ -191,6 +191,9 @@ class EngineLink:
     def _receive(self, output: engine_pb2.StepOutput) -> None:
         now = time.monotonic()
         streams = self._streams
+        for prompt in output.prompt_logprobs:
+            if (stream := self._streams.get(prompt.handle)) is not None:
+                stream.prompt_logprobs = list(prompt.tokens)
         for place, (handle, token) in enumerate(zip(output.handles, output.token_ids, strict=True)):
             stream = streams.get(handle)
             if stream is None:

@@ -116,6 +116,8 @@ class TokenStream:
         self.asks_logprobs = sampling.HasField("logprobs")
         self.logprobs: list[types_pb2.TokenLogprobs] = []
         """Of each token, where they are asked for."""
+        self.prompt_logprobs: list[types_pb2.TokenLogprobs] = []
+        """Of the prompt's but the first; they come with the first token."""
         self.times = TokenTimes()
         self.finished: engine_pb2.Finished | None = None
         self.failure: RpcFailure | None = None
@@ -217,6 +219,7 @@ class TokenStream:
         if self.tokens:
             submit.prompt_token_ids.extend(self.tokens)
             submit.prior_outputs = len(self.tokens)
+            submit.sampling.ClearField("prompt_logprobs")
             if self.sampling.HasField("max_tokens"):
                 submit.sampling.max_tokens = self.sampling.max_tokens - len(self.tokens)
             submit.sampling.min_tokens = max(0, self.sampling.min_tokens - len(self.tokens))

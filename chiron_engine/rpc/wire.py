@@ -30,6 +30,7 @@ class SamplingFields(TypedDict):
     frequency_penalty: float
     logit_bias: dict[int, float]
     logprobs: int | None
+    prompt_logprobs: int | None
     json_schema: str | None
     regex: str | None
     grammar: str | None
@@ -64,6 +65,7 @@ def sampling_fields(message: types_pb2.SamplingParams) -> SamplingFields:
         "frequency_penalty": message.frequency_penalty,
         "logit_bias": dict(message.logit_bias),
         "logprobs": message.logprobs if message.HasField("logprobs") else None,
+        "prompt_logprobs": message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         "json_schema": message.json_schema if message.HasField("json_schema") else None,
         "regex": message.regex if message.HasField("regex") else None,
         "grammar": message.grammar if message.HasField("grammar") else None,

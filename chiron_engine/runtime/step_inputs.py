@@ -15,6 +15,7 @@ from chiron_engine.policy.iteration.plan import NO_DECODES, Chunk, DecodeBatch, 
 
 from .guides import GuidedRows
 from .logit_adjustments import LogitAdjustments
+from .prompt_scores import PromptRows, prompt_rows
 from .sampler import SamplingRows
 from .slots import SlotStates
 from .token_logprobs import LogprobRows
@@ -30,7 +31,7 @@ class StepInputs:
     input_ids, positions: int64 [rows]. sample_rows: int64 [sampled], the rows whose logits are
     wanted. slots: int64 [sampled], where each sampled token goes. token_positions: int64 [sampled],
     the index in its sequence of the token to sample; longest: at least the largest of them.
-    adjustments, guides, logprobs: None where no row asks for any.
+    adjustments, guides, logprobs, prompts: None where no row asks for any.
     """
 
     input_ids: Tensor
@@ -44,6 +45,13 @@ class StepInputs:
     adjustments: LogitAdjustments | None
     guides: GuidedRows | None
     logprobs: LogprobRows | None
+    prompts: PromptRows | None = None
+
+    @property
+    def logit_rows(self) -> Tensor:
+        """Those to sample, then those of prompts."""
+        rows = self.sample_rows
+        return rows if self.prompts is None else torch.cat((rows, self.prompts.rows))
 
 
 class DecodeRows:
@@ -117,6 +125,9 @@ class StepPacker:
         )
         if plan.chunks or plan.drafts:
             self._add_runs(plan, inputs)
+        if plan.chunks:
+            of_chunks = inputs.batch.chunks[: len(plan.chunks)]
+            inputs.prompts = prompt_rows(plan, of_chunks, self._states)
         # The token sampled in this step is known from the next one on.
         self._states.lengths[decodes.slots_on_host] += 1
         for chunk in plan.chunks:

@@ -16,6 +16,7 @@ from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.policy.iteration.plan import StepPlan, StepResult
 
 from .kv_transfer import KvTransfer
+from .prompt_scores import PromptScores
 from .sampler import sample
 from .slots import SlotStates
 from .step_inputs import StepInputs, StepPacker
@@ -38,6 +39,7 @@ class TorchStep:
     plan: StepPlan
     tokens: Tensor
     logprobs: Logprobs | None = None
+    prompts: PromptScores | None = None
     device_s: float = 0.0
     began: torch.cuda.Event | None = field(default=None)
     done: torch.cuda.Event | None = field(default=None)
@@ -105,36 +107,42 @@ class TorchExecutor:
 
     def _run(self, plan: StepPlan) -> TorchStep:
         start = time.perf_counter()
-        tokens, logprobs = self._compute(plan)
-        return TorchStep(plan, tokens, logprobs, time.perf_counter() - start)
+        tokens, logprobs, prompts = self._compute(plan)
+        return TorchStep(plan, tokens, logprobs, prompts, time.perf_counter() - start)
 
     def _run_on_cuda(self, plan: StepPlan) -> TorchStep:
         with torch.cuda.device(self.device):
             began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             began.record()
-            tokens, logprobs = self._compute(plan)
+            tokens, logprobs, prompts = self._compute(plan)
             on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             on_host.copy_(tokens, non_blocking=True)
             if logprobs is not None:
                 logprobs = logprobs.to_host()
+            if prompts is not None:
+                prompts = prompts.to_host()
             done.record()
-        return TorchStep(plan, on_host, logprobs, began=began, done=done)
+        return TorchStep(plan, on_host, logprobs, prompts, began=began, done=done)
 
-    def _compute(self, plan: StepPlan) -> tuple[Tensor, Logprobs | None]:
-        """Copies, forward pass and sampling; returns the tokens on the device, and how likely they were
-        where that is asked for."""
+    def _compute(self, plan: StepPlan) -> tuple[Tensor, Logprobs | None, PromptScores | None]:
+        """Copies, forward pass and sampling; returns the tokens on the device, and how likely they and
+        those of prompts were where that is asked for."""
         self._copy_blocks(plan)
         self._states.apply(plan)
         if not (plan.decode.slots or plan.chunks or plan.drafts):
-            return self._no_tokens, None
+            return self._no_tokens, None, None
         inputs = self._packer.pack(plan)
         if inputs.guides is not None:
             inputs.guides.begin(self._states.last_tokens)
         logits = self.model.forward(
-            inputs.input_ids, inputs.positions, inputs.batch, self.device_pool, inputs.sample_rows
+            inputs.input_ids, inputs.positions, inputs.batch, self.device_pool, inputs.logit_rows
         )
+        prompts = None
+        if inputs.prompts is not None:
+            logits, of_prompts = logits.split((len(inputs.sample_rows), len(inputs.prompts.rows)))
+            prompts = inputs.prompts.scores(of_prompts)
         if not len(inputs.sample_rows):
-            return self._no_tokens, None
+            return self._no_tokens, None, prompts
         wanted = self._adjusted(logits, inputs)
         tokens, valid = sample(wanted, inputs.sampling, inputs.token_positions)
         self._states.last_tokens.index_copy_(0, inputs.slots, tokens)
@@ -142,7 +150,7 @@ class TorchExecutor:
             rows = sum([draft.count for draft in plan.drafts])
             self._states.settle_drafts(plan.drafts, tokens[-rows:].tolist())
         logprobs = None if inputs.logprobs is None else logprobs_of(logits, tokens, inputs.logprobs)
-        return torch.where(valid, tokens, NO_TOKEN), logprobs
+        return torch.where(valid, tokens, NO_TOKEN), logprobs, prompts
 
     def _adjusted(self, logits: Tensor, inputs: StepInputs) -> Tensor:
         """The logits as the requests want them; `logits` itself where nobody asks for it as it was."""
@@ -179,6 +187,8 @@ class TorchExecutor:
         result = StepResult(tokens, handle.device_s)
         if handle.logprobs is not None:
             result.logprobs = handle.logprobs.by_row()
+        if handle.prompts is not None:
+            result.prompt_logprobs = handle.prompts.by_chunk()
         return result
 
     def _replace_invalid(self, plan: StepPlan, tokens: list[int]) -> list[int]:

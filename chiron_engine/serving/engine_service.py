@@ -278,6 +278,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if step.tokens is not None:
             for request, token in zip(step.requests, step.tokens, strict=True):
                 origin = origin_of(request)
+                if request.request_id in step.prompt_logprobs:
+                    origin.stream.push_prompt(origin.handle, step.prompt_logprobs[request.request_id])
                 origin.stream.push(origin.handle, token, step.logprobs.get(request.request_id))
                 touched.add(origin.stream)
         for request in step.finished:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import grpc
@@ -48,6 +49,7 @@ class Stream:
     handles: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: dict[int, types_pb2.TokenLogprobs] = field(default_factory=dict)  # by place in `tokens`
+    prompt_logprobs: list[engine_pb2.PromptLogprobs] = field(default_factory=list)
     finished: list[engine_pb2.Finished] = field(default_factory=list)
     rejected: list[engine_pb2.Rejected] = field(default_factory=list)
     evicted: list[engine_pb2.Evicted] = field(default_factory=list)
@@ -65,15 +67,19 @@ class Stream:
         if self.failure.done():
             return
         if logprobs is not None:
-            self.logprobs[len(self.tokens)] = types_pb2.TokenLogprobs(
-                logprob=logprobs.logprob, top_ids=logprobs.top_ids, top_logprobs=logprobs.top_logprobs
-            )
+            self.logprobs[len(self.tokens)] = logprobs_message(logprobs)
         self.handles.append(handle)
         self.tokens.append(token)
         if len(self.tokens) > MAX_PENDING_TOKENS:
             self.fail(
                 exhausted(f"the stream is read too slowly: {MAX_PENDING_TOKENS} tokens wait", "slow_reader")
             )
+
+    def push_prompt(self, handle: int, logprobs: Iterable[TokenLogprobs]) -> None:
+        """Of the prompt's tokens; its first token is to follow."""
+        if not self.failure.done():
+            tokens = [logprobs_message(one) for one in logprobs]
+            self.prompt_logprobs.append(engine_pb2.PromptLogprobs(handle=handle, tokens=tokens))
 
     def fail(self, failure: RpcFailure) -> None:
         """End the stream's requests now, and the call with this error once it can be sent."""
@@ -107,10 +113,17 @@ class Stream:
             evicted=self.evicted,
             load=load,
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )
-        self.logprobs = {}
+        self.logprobs, self.prompt_logprobs = {}, []
         self.handles, self.tokens, self.finished, self.rejected, self.evicted = [], [], [], [], []
         return engine_pb2.EngineEvent(output=output)
+
+
+def logprobs_message(found: TokenLogprobs) -> types_pb2.TokenLogprobs:
+    return types_pb2.TokenLogprobs(
+        logprob=found.logprob, top_ids=found.top_ids, top_logprobs=found.top_logprobs, rank=found.rank
+    )
 
 
 def origin_of(request: Request) -> Origin:

@@ -121,7 +121,7 @@ class OfflineEngine:
         streams = await asyncio.to_thread(self._start_loop)
         prompt_ids = self._encode(prompt)
         collector = self._collector(prompt_ids, sampling_params or SamplingParams(), stop)
-        tokens = streams.run(collector.request)
+        tokens = streams.run(collector.request, collector.add_prompt)
         try:
             async for now, (token_id, logprobs) in tokens:
                 text = collector.add(token_id, now, logprobs)

@@ -61,6 +61,8 @@ class OfflineBatch:
             collector = self._open.get(request.request_id)
             if collector is None:  # another caller's, or aborted at a stop string
                 continue
+            if request.request_id in step.prompt_logprobs:
+                collector.add_prompt(step.prompt_logprobs[request.request_id])
             collector.add(token, now, step.logprobs.get(request.request_id))
             if collector.stopped:
                 self._turns.abort([request.request_id])

@@ -29,7 +29,7 @@ class RequestTiming:
 class RequestOutput:
     """One finished request. `token_ids` includes the end token or the tokens of a stop string;
     `text` has neither. finish_reason: stop, length, abort or error. logprobs: of each token, where
-    they were asked for."""
+    they were asked for; prompt_logprobs: of each of the prompt but the first."""
 
     prompt_token_ids: list[int]
     token_ids: list[int]
@@ -37,6 +37,7 @@ class RequestOutput:
     finish_reason: str
     timing: RequestTiming
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class OutputCollector:
@@ -48,6 +49,9 @@ class OutputCollector:
         self._text = OutputText(detokenizer, stop, request.sampling.min_tokens)
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] | None = None if request.sampling.logprobs is None else []
+        self._prompt_logprobs: list[TokenLogprobs] | None = None
+        if request.sampling.prompt_logprobs is not None:
+            self._prompt_logprobs = []
         self._pieces: list[str] = []
         self._first = self._last = request.arrival
         self._max_gap = 0.0
@@ -69,6 +73,10 @@ class OutputCollector:
             self._logprobs.append(logprobs)
         return self._show(self._text.feed(token_id))
 
+    def add_prompt(self, logprobs: list[TokenLogprobs]) -> None:
+        """Of the prompt's tokens, before the first of the output."""
+        self._prompt_logprobs = logprobs
+
     def finish(self, now: float) -> tuple[str, RequestOutput]:
         """The text that was held back, and the whole output."""
         rest = self._show(self._text.finish())
@@ -80,6 +88,7 @@ class OutputCollector:
             finish_reason=reason.value,
             timing=self._timing(now),
             logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
         )
         return rest, output
 

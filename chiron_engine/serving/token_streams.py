@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from chiron_engine.core.clocks import Clock
 from chiron_engine.core.requests import InvalidRequest, QueueFull
@@ -19,7 +19,8 @@ class Finished:
 
 
 Token = tuple[int, TokenLogprobs | None]
-Event = Token | Finished | QueueFull | InvalidRequest | EngineUnavailable
+PromptLogprobs = list[TokenLogprobs]
+Event = Token | PromptLogprobs | Finished | QueueFull | InvalidRequest | EngineUnavailable
 Events = asyncio.Queue[tuple[float, Event]]
 
 
@@ -34,8 +35,11 @@ class TokenStreams:
         self._streams: dict[int, tuple[asyncio.AbstractEventLoop, Events]] = {}
         loop.subscribe(self._receive)
 
-    async def run(self, request: Request) -> AsyncGenerator[tuple[float, Token], None]:
-        """Time and token, one after another. Leaving the iteration early aborts the request.
+    async def run(
+        self, request: Request, on_prompt: Callable[[list[TokenLogprobs]], None]
+    ) -> AsyncGenerator[tuple[float, Token], None]:
+        """Time and token, one after another. Leaving the iteration early aborts the request. on_prompt:
+        called before the first with the prompt's log probabilities, where they are asked for.
 
         Raises QueueFull, InvalidRequest or EngineUnavailable where the engine refuses it.
         """
@@ -48,6 +52,9 @@ class TokenStreams:
                 time, event = await events.get()
                 if isinstance(event, tuple):
                     yield time, event
+                    continue
+                if isinstance(event, list):
+                    on_prompt(event)
                     continue
                 ended = True
                 if isinstance(event, Finished):
@@ -69,6 +76,8 @@ class TokenStreams:
                 by_loop[stream[0]].append((stream[1], event))
 
         for request, token in zip(step.requests, step.tokens or (), strict=True):
+            if request.request_id in step.prompt_logprobs:
+                deliver(request, step.prompt_logprobs[request.request_id])
             deliver(request, (token, step.logprobs.get(request.request_id)))
         for request in step.finished:
             deliver(request, Finished())

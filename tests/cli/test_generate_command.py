@@ -60,6 +60,26 @@ def test_logprobs_and_penalties_are_the_same_here_and_there(tiny_llama: Path, se
     assert plain["token_ids"] != here["token_ids"]
 
 
+def test_the_prompt_is_scored_here_and_there(tiny_llama: Path, server: str) -> None:
+    """As an output that is the same text is, token by token."""
+    asked = [*GREEDY, "--prompt-logprobs", "2"]
+    offline = chiron("generate", str(tiny_llama), "--dtype", "float32", *SMALL, "--json", *asked, "hello")
+    remote = chiron("generate", "--server", server, "--json", *asked, "hello")
+    assert offline.returncode == remote.returncode == 0, offline.stderr + remote.stderr
+    (here,), (there,) = lines(offline.stdout), lines(remote.stdout)
+    assert len(here["prompt_logprobs"]) == len(there["prompt_logprobs"]) == 4
+    for mine, theirs in zip(here["prompt_logprobs"], there["prompt_logprobs"], strict=True):
+        assert mine["top_ids"] == theirs["top_ids"] and len(mine["top_ids"]) == 2
+        assert mine["rank"] == theirs["rank"] >= 1
+        assert mine["logprob"] == pytest.approx(theirs["logprob"], abs=1e-5)
+    forced = ["--json", "--max-tokens", "1", "--logprobs", "0", "--regex", "o", "hell"]
+    (as_output,) = lines(chiron("generate", "--server", server, *forced).stdout)
+    last = here["prompt_logprobs"][-1]
+    assert as_output["logprobs"][0]["logprob"] == pytest.approx(last["logprob"], abs=1e-4)
+    plain = lines(chiron("generate", "--server", server, "--json", *GREEDY, "hello").stdout)[0]
+    assert plain["prompt_logprobs"] is None
+
+
 def test_an_output_follows_a_guide_here_and_there(tiny_llama: Path, server: str, tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"enum": ["yes", "no", 17]}')

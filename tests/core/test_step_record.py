@@ -27,6 +27,7 @@ from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.plan import StepPlan, StepResult
 from chiron_engine.policy.iteration.prompt_lookup import PromptLookup
 from chiron_engine.policy.iteration.request import Request
+from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.policy.iteration.scheduler import Scheduler
 from chiron_engine.policy.iteration.step_costs import StepCosts
 from tests.core.engines import make_request
@@ -130,6 +131,8 @@ def act(recording: Recording, action: str, choice: int) -> None:
             arrival=core.clock.now(),
             stop_ids=stop_ids,
         )
+        if choice % 5 == 0:
+            request.sampling = SamplingParams(prompt_logprobs=choice % 3)
         with suppress(QueueFull, InvalidRequest):
             core.add(request)
     elif action == "steps":

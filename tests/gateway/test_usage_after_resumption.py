@@ -76,3 +76,30 @@ def test_nor_of_the_prompt_of_a_batch_line() -> None:
     request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=PROMPT))
     usage = BatchText(NoTokenizer()).output(request, [7, 8], FINISHED).usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, 2, 3)
+
+
+def test_the_prompt_is_scored_once() -> None:
+    """An engine that gets a request with output need not; the client has it before the first token."""
+    found = [types_pb2.TokenLogprobs(logprob=-float(place), rank=place + 1) for place in range(9000)]
+
+    class Scoring(EnginePool):
+        def submit(self, stream: TokenStream, received: float) -> None:
+            assert stream.submission(self, 1).sampling.prompt_logprobs == 3  # type: ignore[arg-type]
+            stream.prompt_logprobs = list(found)
+            stream.push(7, received)
+            assert not stream.submission(self, 2).sampling.HasField("prompt_logprobs")  # type: ignore[arg-type]
+            stream.push(8, received)
+            stream.finish(FINISHED)
+
+    async def check() -> None:
+        sampling = types_pb2.SamplingParams(prompt_logprobs=3, seed=1)
+        prompt, chunks = Prompt(PROMPT, sampling, types_pb2.Slo(), []), Chunks()
+        assert not prompt.choice(1).sampling.HasField("prompt_logprobs")
+        generation = Generation(prompt, "r", time.monotonic(), NoTokenizer(), Scoring([]))
+        async with ChunkWriter(chunks, 60.0) as writer:  # type: ignore[arg-type]
+            await generation.run(writer, lambda: None)
+        assert [one for chunk in chunks.written for one in chunk.prompt_logprobs] == found
+        assert max(len(chunk.prompt_logprobs) for chunk in chunks.written) < 5000
+        assert chunks.written[0].prompt_logprobs and not chunks.written[0].token_ids
+
+    asyncio.run(check())

@@ -105,7 +105,7 @@ class EngineMachine(RuleBasedStateMachine):
         request = Request(
             request_id=number,
             prompt_ids=prompt,
-            sampling=SamplingParams(temperature=0.0),
+            sampling=SamplingParams(temperature=0.0, prompt_logprobs=None if len(prompt) % 3 else 1),
             max_tokens=min(max_tokens, self.core.shape.max_model_len - len(prompt)),
             stop_ids=stops,
             slo=Slo(SloClass.BATCH if batch else SloClass.INTERACTIVE),

@@ -65,8 +65,12 @@ class KvTiers:
         return -(-tokens // self.block_size)
 
     def place(self, request: Request, known: int) -> Placement:
-        """Look up a request with `known` tokens; at least one is left to compute, for its logits."""
-        usable = (known - 1) // self.block_size
+        """Look up a request with `known` tokens; at least one is left to compute, for its logits, and all
+        whose logits are wanted for the log probabilities of its prompt."""
+        usable = known - 1
+        if request.num_scored < request.num_to_score:
+            usable = request.num_scored
+        usable //= self.block_size
         keys = request.block_keys
         if len(keys) < usable:
             self.extend_keys(request, usable * self.block_size)

@@ -34,13 +34,16 @@ class Chunk:
     """Known tokens [start, start + count) of the request in `slot` to compute in this step.
 
     With `samples` the chunk reaches the last known token: its logits give the next token, and
-    the slot decodes from the next step on.
+    the slot decodes from the next step on. [score_from, score_to): those of its tokens whose logits are
+    wanted for the log probability of the prompt's token after them.
     """
 
     slot: int
     start: int
     count: int
     samples: bool
+    score_from: int = 0
+    score_to: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -143,11 +146,13 @@ class StepPlan:
 
 @dataclass(slots=True, eq=False)
 class TokenLogprobs:
-    """Natural logarithms of what the model gave a token and the likeliest ones, those first."""
+    """Natural logarithms of what the model gave a token and the likeliest ones, those first. rank: 1 for the
+    likeliest; of tokens of prompts."""
 
     logprob: float
     top_ids: list[int]
     top_logprobs: list[float]
+    rank: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -156,8 +161,8 @@ class StepOutput:
     models no values); a request whose guesses held is there several times, its tokens in order. The
     requests that finished carry their `finish_reason`. handed_back:
     evicted requests that have left the engine, what was saved of them still on its host tier.
-    logprobs: by request id, of those tokens for which they are asked. accepted: guesses that held, by
-    class."""
+    logprobs: by request id, of those tokens for which they are asked. prompt_logprobs: the same, of all
+    tokens of a prompt but the first, with its first new token. accepted: guesses that held, by class."""
 
     step: int
     requests: Sequence[Request] = ()
@@ -165,6 +170,7 @@ class StepOutput:
     finished: list[Request] = field(default_factory=list)
     handed_back: list[Request] = field(default_factory=list)
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
     accepted: list[int] = field(default_factory=lambda: [0] * len(SloClass))
 
 
@@ -175,6 +181,7 @@ class StepResult:
     tokens: one id per sampled row in the plan's order, or None from an executor that models only
     time; that one says in `stopped` which requests ended with this step's token. device_s: seconds
     the step took on the device. logprobs: by number of the sampled row, where they are asked for.
+    prompt_logprobs: by number of the chunk, of the tokens after those it scores.
     """
 
     tokens: list[int] | None
@@ -182,3 +189,4 @@ class StepResult:
     graph: bool = False
     stopped: Sequence[Request] = ()
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)

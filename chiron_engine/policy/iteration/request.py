@@ -6,8 +6,12 @@ from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from typing import TYPE_CHECKING
 
 from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from .plan import TokenLogprobs
 
 
 class SloClass(IntEnum):
@@ -81,6 +85,8 @@ class Request:
     finish_reason: FinishReason | None = None
     first_scheduled: float | None = None
     first_token: float | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Those committed, until its first token takes them along."""
 
     blocks: list[int] = field(default_factory=list)
     host_blocks: list[int] = field(default_factory=list)
@@ -91,12 +97,21 @@ class Request:
     """Names its private block keys; -1 while it has none."""
     num_computed: int = 0
     """While its prompt is computed in chunks: tokens whose KV is planned."""
+    num_scored: int = 0
+    """First tokens of its prompt whose successors' log probabilities are planned or told."""
     num_planned_outputs: int = 0
     """Output tokens planned before it began to decode (each later step adds one)."""
     decode_since: int = -1
     """Step at which it began to decode; -1 while it does not."""
     promised_blocks: int = 0
     """Blocks it is expected to reach, as counted by admission."""
+
+    @property
+    def num_to_score(self) -> int:
+        """Tokens of its prompt whose successors' log probabilities it asks for: all but the last."""
+        if self.sampling.prompt_logprobs is None:
+            return 0
+        return len(self.prompt_ids) - self.num_prior_outputs - 1
 
     def outputs_at(self, step: int) -> int:
         """Output tokens that the steps planned before `step` produce."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 MAX_STOP_TOKEN_IDS = 128
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 1 << 18
 MAX_GUIDE_CHARS = 1 << 16
 GUIDE_KINDS = ("json_schema", "regex", "grammar")
 
@@ -69,6 +70,7 @@ class SamplingParams:
     own end tokens out.
     logprobs: tell for each token how likely the model had it, before all of the above, and so many of the
     likeliest ones; None tells nothing.
+    prompt_logprobs: the same for each token of the prompt but the first, given those before it.
     json_schema, regex, grammar (in Lark's notation): at most one of them. No token is chosen that leads
     away from it, and the output ends where it is complete.
     """
@@ -87,6 +89,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     json_schema: str | None = None
     regex: str | None = None
     grammar: str | None = None
@@ -94,7 +97,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, allowed in NUMBERS.items():
             _check_number(name, getattr(self, name), allowed)
-        for name in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
+        for name in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None or name in ("top_k", "min_tokens"):
                 _require(name, value, Integral, "a whole number")
@@ -102,8 +105,10 @@ class SamplingParams:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (all) or a positive number")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must be between 0 and 2**64 - 1")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs is {self.logprobs}; it must be between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(self, name)
+            if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
+                raise ValueError(f"{name} is {asked}; it must be between 0 and {MAX_LOGPROBS}")
         self._check_lengths()
         self._check_biases()
         self._check_guide()
@@ -116,6 +121,17 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    def check_prompt_length(self, prompt_tokens: int) -> None:
+        """Raises ValueError where more of the prompt's logarithms are wanted than a message is to hold."""
+        if self.prompt_logprobs is None:
+            return
+        numbers = prompt_tokens * (1 + self.prompt_logprobs)
+        if numbers > MAX_PROMPT_LOGPROBS:
+            raise ValueError(
+                f"prompt_logprobs is {self.prompt_logprobs} and the prompt has {prompt_tokens} tokens; "
+                f"(prompt_logprobs + 1) x tokens must be at most {MAX_PROMPT_LOGPROBS}"
+            )
 
     def _check_lengths(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:

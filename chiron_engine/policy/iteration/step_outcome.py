@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .drafts import end_of, take_verified
-from .plan import StepOutput, StepPlan, StepResult
+from .plan import StepOutput, StepPlan, StepResult, TokenLogprobs
 from .request import ENDED, FinishReason, Request, RequestState
 
 Ending = tuple[Request, FinishReason, int]
@@ -28,6 +28,10 @@ def outcome(plan: StepPlan, result: StepResult, now: float) -> tuple[StepOutput,
         output.tokens = tokens[: len(requests)]
     if result.logprobs:
         output.logprobs = {requests[row].request_id: found for row, found in result.logprobs.items()}
+    if result.prompt_logprobs:
+        _note_prompts(plan, result)
+    if plan.chunks:
+        output.prompt_logprobs = _told_prompts(requests[len(plan.decode.requests) :])
     ended: list[Ending] = []
     if output.tokens is not None:
         ended = _append(output, output.tokens)
@@ -39,6 +43,24 @@ def outcome(plan: StepPlan, result: StepResult, now: float) -> tuple[StepOutput,
         ended += _verify(plan, tokens[len(requests) :], output)
     output.finished = [ending[0] for ending in ended]
     return output, ended
+
+
+def _note_prompts(plan: StepPlan, result: StepResult) -> None:
+    for number, found in result.prompt_logprobs.items():
+        request = plan.chunk_requests[number]
+        if request.prompt_logprobs is None:
+            request.prompt_logprobs = []
+        request.prompt_logprobs += found
+
+
+def _told_prompts(sampled: Sequence[Request]) -> dict[int, list[TokenLogprobs]]:
+    """Of requests that get their first token."""
+    told = {}
+    for request in sampled:
+        if request.prompt_logprobs is not None:
+            told[request.request_id] = request.prompt_logprobs
+            request.prompt_logprobs = None
+    return told
 
 
 def _append(output: StepOutput, tokens: Sequence[int]) -> list[Ending]:

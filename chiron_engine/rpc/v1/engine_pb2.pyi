@@ -69,7 +69,7 @@ class Hello(_message.Message):
     def __init__(self, boot_id: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepOutput(_message.Message):
-    __slots__ = ("step", "handles", "token_ids", "finished", "rejected", "load", "evicted", "logprobs")
+    __slots__ = ("step", "handles", "token_ids", "finished", "rejected", "load", "evicted", "logprobs", "prompt_logprobs")
     class LogprobsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class StepOutput(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     step: int
     handles: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -93,7 +94,16 @@ class StepOutput(_message.Message):
     load: EngineLoad
     evicted: _containers.RepeatedCompositeFieldContainer[Evicted]
     logprobs: _containers.MessageMap[int, _types_pb2.TokenLogprobs]
-    def __init__(self, step: _Optional[int] = ..., handles: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., rejected: _Optional[_Iterable[_Union[Rejected, _Mapping]]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., evicted: _Optional[_Iterable[_Union[Evicted, _Mapping]]] = ..., logprobs: _Optional[_Mapping[int, _types_pb2.TokenLogprobs]] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
+    def __init__(self, step: _Optional[int] = ..., handles: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., rejected: _Optional[_Iterable[_Union[Rejected, _Mapping]]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., evicted: _Optional[_Iterable[_Union[Evicted, _Mapping]]] = ..., logprobs: _Optional[_Mapping[int, _types_pb2.TokenLogprobs]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ...) -> None: ...
+
+class PromptLogprobs(_message.Message):
+    __slots__ = ("handle", "tokens")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    tokens: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]
+    def __init__(self, handle: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_types_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Evicted(_message.Message):
     __slots__ = ("handle", "saved_tokens")

@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from . import types_pb2 as chiron_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63hiron/v1/inference.proto\x12\tchiron.v1\x1a\x15\x63hiron/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.chiron.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x84\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.chiron.v1.ChatMessagesH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.chiron.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.chiron.v1.SamplingParams\x12\x1b\n\x03slo\x18\x06 \x01(\x0b\x32\x0e.chiron.v1.Slo\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12\t\n\x01n\x18\t \x01(\rB\x08\n\x06prompt\"\xf3\x01\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.chiron.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.chiron.v1.Usage\x12!\n\x06timing\x18\x06 \x01(\x0b\x32\x11.chiron.v1.Timing\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.chiron.v1.TokenLogprobs\x12\r\n\x05index\x18\x08 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"{\n\x06Timing\x12\x0f\n\x07ttft_ms\x18\x01 \x01(\x01\x12\x13\n\x0bmean_itl_ms\x18\x02 \x01(\x01\x12\x12\n\nmax_itl_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x8b\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.chiron.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xbd\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x0f\n\x07\x65ngines\x18\x08 \x01(\r\x12\x0f\n\x07version\x18\t \x01(\t2\xe1\x02\n\tInference\x12\x42\n\x08Generate\x12\x1a.chiron.v1.GenerateRequest\x1a\x18.chiron.v1.GenerateChunk0\x01\x12:\n\x05\x41\x62ort\x12\x17.chiron.v1.AbortRequest\x1a\x18.chiron.v1.AbortResponse\x12\x43\n\x08Tokenize\x12\x1a.chiron.v1.TokenizeRequest\x1a\x1b.chiron.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.chiron.v1.DetokenizeRequest\x1a\x1d.chiron.v1.DetokenizeResponse\x12\x44\n\x0cGetModelInfo\x12\x1e.chiron.v1.GetModelInfoRequest\x1a\x14.chiron.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63hiron/v1/inference.proto\x12\tchiron.v1\x1a\x15\x63hiron/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.chiron.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x84\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.chiron.v1.ChatMessagesH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.chiron.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.chiron.v1.SamplingParams\x12\x1b\n\x03slo\x18\x06 \x01(\x0b\x32\x0e.chiron.v1.Slo\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12\t\n\x01n\x18\t \x01(\rB\x08\n\x06prompt\"\xa6\x02\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.chiron.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.chiron.v1.Usage\x12!\n\x06timing\x18\x06 \x01(\x0b\x32\x11.chiron.v1.Timing\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.chiron.v1.TokenLogprobs\x12\r\n\x05index\x18\x08 \x01(\r\x12\x31\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x18.chiron.v1.TokenLogprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"{\n\x06Timing\x12\x0f\n\x07ttft_ms\x18\x01 \x01(\x01\x12\x13\n\x0bmean_itl_ms\x18\x02 \x01(\x01\x12\x12\n\nmax_itl_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x8b\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.chiron.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xbd\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x0f\n\x07\x65ngines\x18\x08 \x01(\r\x12\x0f\n\x07version\x18\t \x01(\t2\xe1\x02\n\tInference\x12\x42\n\x08Generate\x12\x1a.chiron.v1.GenerateRequest\x1a\x18.chiron.v1.GenerateChunk0\x01\x12:\n\x05\x41\x62ort\x12\x17.chiron.v1.AbortRequest\x1a\x18.chiron.v1.AbortResponse\x12\x43\n\x08Tokenize\x12\x1a.chiron.v1.TokenizeRequest\x1a\x1b.chiron.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.chiron.v1.DetokenizeRequest\x1a\x1d.chiron.v1.DetokenizeResponse\x12\x44\n\x0cGetModelInfo\x12\x1e.chiron.v1.GetModelInfoRequest\x1a\x14.chiron.v1.ModelInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -31,27 +31,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=193
   _globals['_GENERATEREQUEST']._serialized_end=453
   _globals['_GENERATECHUNK']._serialized_start=456
-  _globals['_GENERATECHUNK']._serialized_end=699
-  _globals['_USAGE']._serialized_start=701
-  _globals['_USAGE']._serialized_end=781
-  _globals['_TIMING']._serialized_start=783
-  _globals['_TIMING']._serialized_end=906
-  _globals['_ABORTREQUEST']._serialized_start=908
-  _globals['_ABORTREQUEST']._serialized_end=942
-  _globals['_ABORTRESPONSE']._serialized_start=944
-  _globals['_ABORTRESPONSE']._serialized_end=959
-  _globals['_TOKENIZEREQUEST']._serialized_start=962
-  _globals['_TOKENIZEREQUEST']._serialized_end=1101
-  _globals['_TOKENIZERESPONSE']._serialized_start=1103
-  _globals['_TOKENIZERESPONSE']._serialized_end=1140
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1142
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1209
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1211
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1245
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1247
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1268
-  _globals['_MODELINFO']._serialized_start=1271
-  _globals['_MODELINFO']._serialized_end=1460
-  _globals['_INFERENCE']._serialized_start=1463
-  _globals['_INFERENCE']._serialized_end=1816
+  _globals['_GENERATECHUNK']._serialized_end=750
+  _globals['_USAGE']._serialized_start=752
+  _globals['_USAGE']._serialized_end=832
+  _globals['_TIMING']._serialized_start=834
+  _globals['_TIMING']._serialized_end=957
+  _globals['_ABORTREQUEST']._serialized_start=959
+  _globals['_ABORTREQUEST']._serialized_end=993
+  _globals['_ABORTRESPONSE']._serialized_start=995
+  _globals['_ABORTRESPONSE']._serialized_end=1010
+  _globals['_TOKENIZEREQUEST']._serialized_start=1013
+  _globals['_TOKENIZEREQUEST']._serialized_end=1152
+  _globals['_TOKENIZERESPONSE']._serialized_start=1154
+  _globals['_TOKENIZERESPONSE']._serialized_end=1191
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1193
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1260
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1262
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1296
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1298
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1319
+  _globals['_MODELINFO']._serialized_start=1322
+  _globals['_MODELINFO']._serialized_end=1511
+  _globals['_INFERENCE']._serialized_start=1514
+  _globals['_INFERENCE']._serialized_end=1867
 # @@protoc_insertion_point(module_scope)
