@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from chiron_engine.policy.iteration.sampling_params import GUIDE_KINDS
 from chiron_engine.rpc.v1 import batch_pb2, inference_pb2, types_pb2
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 ONLY_VALUES: Mapping[str, object] = {"n": 1, "stream": False, "echo": False, "best_of": 1}
 """Fields of which one value is what is done anyway."""
+RESPONSE_FORMATS: Mapping[str, Sequence[str]] = {
+    "text": ("type",),
+    "json_object": ("type",),
+    "json_schema": ("type", "json_schema"),
+}
+"""By type, the fields each has."""
 ALIASES = {"max_completion_tokens": "max_tokens", "tpot_slo_ms": "itl_slo_ms"}
 
 
@@ -50,6 +57,8 @@ TEXT = Kind("a string", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 INTEGERS = Kind("a list of whole numbers", lambda value: _is_list_of(value, _is_integer))
 
+SCHEMA = Kind("a JSON schema, as an object or as text", lambda value: isinstance(value, dict | str))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 BIASES = Kind("an object of token ids and numbers", _is_biases)
 
 SAMPLING_FIELDS = {
@@ -66,6 +75,9 @@ SAMPLING_FIELDS = {
     "presence_penalty": NUMBER,
     "frequency_penalty": NUMBER,
     "logit_bias": BIASES,
+    "json_schema": SCHEMA,
+    "regex": TEXT,
+    "grammar": TEXT,
 }
 SLO_FIELDS = {"ttft_slo_ms": NUMBER, "itl_slo_ms": NUMBER, "deadline_s": NUMBER}
 PROMPT_FIELDS = ("prompt", "messages", "token_ids")
@@ -134,7 +146,7 @@ def _request(body: dict[str, Any]) -> inference_pb2.GenerateRequest:
     )
     _set_prompt(request, body)
     if body:
-        known = (*PROMPT_FIELDS, *SAMPLING_FIELDS, *SLO_FIELDS, "stop", "model")
+        known = (*PROMPT_FIELDS, *SAMPLING_FIELDS, *SLO_FIELDS, "response_format", "stop", "model")
         raise BatchFileError(
             f"has the unknown field {_shown(next(iter(body)))}; known are {', '.join(known)}"
         )
@@ -145,7 +157,46 @@ def _sampling(body: dict[str, Any]) -> types_pb2.SamplingParams:
     fields = _taken(body, SAMPLING_FIELDS)
     if "logit_bias" in fields:
         fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    _set_guide(fields, body.pop("response_format", None))
     return types_pb2.SamplingParams(**fields)
+
+
+def _set_guide(fields: dict[str, Any], response_format: object) -> None:
+    """Whether an output can follow it, the engine tells: that is an error of this line alone."""
+    if response_format is not None:
+        schema = _response_schema(_checked("response_format", response_format, OBJECT))
+        if schema is not None:
+            if "json_schema" in fields:
+                raise BatchFileError("has both response_format and json_schema; give one")
+            fields["json_schema"] = schema
+    if isinstance(fields.get("json_schema"), dict):
+        fields["json_schema"] = json.dumps(fields["json_schema"])
+    given = [kind for kind in GUIDE_KINDS if kind in fields]
+    if len(given) > 1:
+        raise BatchFileError(f"has {given[0]} and {given[1]}; an output follows one of them")
+
+
+def _response_schema(response_format: dict[str, Any]) -> dict[str, Any] | None:
+    """As OpenAI has it; None for any text."""
+    kind = response_format.get("type")
+    if not isinstance(kind, str) or kind not in RESPONSE_FORMATS:
+        names = ", ".join(RESPONSE_FORMATS)
+        raise BatchFileError(f"response_format.type is {_shown(kind)}; it must be one of {names}")
+    _check_known("response_format", response_format, RESPONSE_FORMATS[kind])
+    if kind != "json_schema":
+        return {"type": "object"} if kind == "json_object" else None
+    described = _checked("response_format.json_schema", response_format.get("json_schema"), OBJECT)
+    _check_known("response_format.json_schema", described, ("name", "description", "schema", "strict"))
+    schema: dict[str, Any] = _checked("response_format.json_schema.schema", described.get("schema"), OBJECT)
+    return schema
+
+
+def _check_known(name: str, found: Mapping[str, object], known: Sequence[str]) -> None:
+    for field in found:
+        if field not in known:
+            raise BatchFileError(
+                f"{name} has the unknown field {_shown(field)}; known are {', '.join(known)}"
+            )
 
 
 def _set_prompt(request: inference_pb2.GenerateRequest, body: dict[str, Any]) -> None:

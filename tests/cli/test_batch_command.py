@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from chiron_engine.commands.batch_file import BatchFileError, read_lines
 from chiron_engine.commands.fleet_batch import state_directory
 from chiron_engine.commands.simulated_engine import VOCABULARY_WITHOUT_TOKENIZER as VOCABULARY
 from chiron_engine.core.simulated_tokens import SimulatedTokens
-from tests.cli.chiron_process import CHIRON, Server, chiron
+from tests.cli.chiron_process import CHIRON, SMALL, Server, chiron
 from tests.cli.test_simulated_engine import PROFILE, address_in
 
 ENGINE = ["serve", "anything", "--executor", "simulated", "--profile", PROFILE]
@@ -131,6 +132,35 @@ def test_what_openai_clients_write_is_taken(tiny_llama: Path, tmp_path: Path) ->
     assert second["usage"]["completion_tokens"] == len(second["token_ids"]) < 30
 
 
+def test_lines_follow_guides_each_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    """One that cannot be followed is its line's error."""
+    schema = {"enum": ["yes", "no", 17]}
+    chosen = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    asked = [
+        {"regex": "[ab]{3}"},
+        {"response_format": chosen},
+        {"regex": "(("},
+        {"json_schema": schema},
+        {"grammar": 'start: "x"{4}', "response_format": {"type": "text"}},
+        {"json_schema": {"type": "no such"}},
+    ]
+    lines = (
+        {"custom_id": str(place), "prompt": "hello", "max_tokens": 20, "seed": place, **fields}
+        for place, fields in enumerate(asked)
+    )
+    arguments = ["serve", str(tiny_llama), "--dtype", "float32", *SMALL, "--state-dir", str(tmp_path)]
+    with Server([*arguments, "--grpc-port", "0"]) as running:
+        at = address_in(running.wait_ready())
+        submitted = batch("submit", "-", "--wait", at=at, stdin="\n".join(map(json.dumps, lines)))
+    results = [json.loads(line) for line in submitted.stdout.splitlines()]
+    assert [result["state"] for result in results] == ["done", "done", "failed", "done", "done", "failed"]
+    assert re.fullmatch("[ab]{3}", results[0]["text"])
+    assert {json.loads(results[place]["text"]) for place in (1, 3)} <= {"yes", "no", 17}
+    assert results[4]["text"] == "xxxx"
+    assert "regex cannot be followed" in results[2]["error"]["message"]
+    assert "json_schema cannot be followed" in results[5]["error"]["message"]
+
+
 BAD_LINES = [
     ("{", "line 1: no JSON"),
     ("[]", "must be a JSON object"),
@@ -149,6 +179,25 @@ BAD_LINES = [
     ('{"custom_id": "a", "prompt": "a", "logit_bias": {"x": 1}}', "an object of token ids and numbers"),
     ('{"custom_id": "a", "prompt": "a", "logit_bias": {"1": "x"}}', "an object of token ids and numbers"),
     ('{"custom_id": "a", "prompt": "a", "min_p": "x"}', "min_p is"),
+    ('{"custom_id": "a", "prompt": "a", "regex": 5}', "regex is 5; it must be a string"),
+    ('{"custom_id": "a", "prompt": "a", "json_schema": 5}', "json_schema is 5; it must be a JSON schema"),
+    ('{"custom_id": "a", "prompt": "a", "regex": "a", "grammar": "b"}', "regex and grammar"),
+    ('{"custom_id": "a", "prompt": "a", "response_format": "json"}', "response_format is"),
+    ('{"custom_id": "a", "prompt": "a", "response_format": {"type": "xml"}}', "response_format.type is"),
+    ('{"custom_id": "a", "prompt": "a", "response_format": {"type": []}}', "response_format.type is []"),
+    ('{"custom_id": "a", "prompt": "a", "response_format": {"type": "json_schema"}}', "must be an object"),
+    (
+        '{"custom_id": "a", "prompt": "a", "regex": "a", "response_format": {"type": "json_object"}}',
+        "json_schema and regex",
+    ),
+    (
+        '{"custom_id": "a", "prompt": "a", "json_schema": {}, "response_format": {"type": "json_object"}}',
+        "both response_format and json_schema",
+    ),
+    (
+        '{"custom_id": "a", "prompt": "a", "response_format": {"type": "text", "more": 1}}',
+        'unknown field "more"',
+    ),
 ]
 
 
@@ -165,6 +214,27 @@ def test_every_parameter_of_a_line_reaches_the_request() -> None:
     asked = read.request.sampling
     assert {name: getattr(asked, name) for name in values} == values
     assert dict(asked.logit_bias) == {15: -100.0, 3: 1.5}
+
+
+def test_guides_of_lines_reach_the_request() -> None:
+    schema = {"type": "object"}
+    formats = [
+        ({"json_schema": schema}, "json_schema", json.dumps(schema)),
+        ({"json_schema": json.dumps(schema)}, "json_schema", json.dumps(schema)),
+        ({"regex": "a"}, "regex", "a"),
+        ({"grammar": "start: /a/"}, "grammar", "start: /a/"),
+        ({"response_format": {"type": "json_object"}}, "json_schema", json.dumps(schema)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}},
+            "json_schema",
+            json.dumps(schema),
+        ),
+        ({"response_format": {"type": "text"}}, None, ""),
+    ]
+    for fields, kind, text in formats:
+        (read,) = read_lines([json.dumps({"custom_id": "a", "prompt": "a", **fields})])
+        assert read.request.sampling.WhichOneof("guide") == kind
+        assert kind is None or getattr(read.request.sampling, kind) == text
 
 
 @pytest.mark.parametrize(("line", "words"), BAD_LINES, ids=lambda value: value[:50])
