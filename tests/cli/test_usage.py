@@ -25,7 +25,7 @@ USAGE = [
     (["serve", "m", "--grpc-port", "70000"], "--grpc-port"),
     (["serve", "m", "--log-level", "loud"], "loud"),
     (["serve", "m", "--engines", "2", "--step-log", "steps.jsonl"], "--step-log is for one engine"),
-    (["engine", "m", "--dtype", "int8"], "int8"),
+    (["engine", "m", "--dtype", "int4"], "int4"),
     (["engine", "m", "--device", "gpu"], "gpu"),
     (["engine", "m", "--swap-space", "4"], "4GiB"),
     (["engine", "m", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization"),
