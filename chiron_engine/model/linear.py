@@ -9,6 +9,7 @@ import torch
 from chiron_kernels.cpu.int8_linear import int8_linear, pack_int8
 from torch.nn.functional import linear
 
+from chiron_engine.model.decoder_ops import DecoderOps
 from chiron_engine.model.errors import ModelError
 
 # Rows for which oneDNN chooses the layout of packed weights; other counts use the same layout.
@@ -48,16 +49,36 @@ class Linear:
         return linear(x, self._weight, self._bias)
 
 
+class GatedLinear:
+    """silu(gate) * up, [T, out], where one product gives both: W [2 out, in], gates first."""
+
+    __slots__ = ("_ops", "_product")
+
+    def __init__(self, ops: DecoderOps, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._ops = ops
+        self._product = Linear(weight, bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._ops.gated_silu(self._product(x))
+
+
 class Int8Linear:
-    """The same with weights and activations of 8 bits, on a CPU with VNNI. What a row gives depends on
-    that row alone, bit for bit."""
+    """`Linear`, or `GatedLinear`, with weights and activations of 8 bits, on a CPU with VNNI. What a row
+    gives depends on that row alone, bit for bit."""
 
     __slots__ = ("_kernels", "_weight")
 
-    def __init__(self, kernels: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        kernels: ctypes.CDLL,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        gated: bool = False,
+    ) -> None:
+        """gated: the product's first half are gates; silu(gate) * up comes out."""
         self._kernels = kernels
         try:
-            self._weight = pack_int8(kernels, weight, bias)
+            self._weight = pack_int8(kernels, weight, bias, gated)
         except ValueError as error:
             raise ModelError(f"cannot round the model to int8: {error}") from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,34 +20,46 @@ from chiron_engine.model.cpu_kernels import kernels_for
 from chiron_engine.model.decoder_ops import CompiledOps, DecoderOps, TorchOps
 from chiron_engine.model.directory import CONFIG, eos_token_ids, model_name, read_json
 from chiron_engine.model.kv_pool import KvPool
-from chiron_engine.model.linear import Int8Linear, Linear
+from chiron_engine.model.linear import GatedLinear, Int8Linear, Linear
 from chiron_engine.model.llama_config import LlamaConfig, parse_config
 from chiron_engine.model.precision import Precision
 from chiron_engine.model.rope import Rope
 from chiron_engine.model.spec import LayerGeometry, ModelSpec
 
-MakeLinear = Callable[..., Linear | Int8Linear]
+AnyLinear = Callable[[torch.Tensor], torch.Tensor]
+MakeLinear = Callable[..., AnyLinear]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the layers of a model in some precision on some device are made of. linear, gated: called with
+    a weight, and a bias where there is one."""
+
+    ops: DecoderOps
+    linear: MakeLinear
+    gated: MakeLinear
 
 
 class LlamaLayer:
     """One decoder layer: its weights, query, key and value packed into one matrix, gate and up
     into another."""
 
-    __slots__ = ("down", "gate_up", "input_norm", "k_norm", "mlp_norm", "output", "q_norm", "qkv", "window")
+    __slots__ = ("down", "gated", "input_norm", "k_norm", "mlp_norm", "output", "q_norm", "qkv", "window")
 
-    def __init__(self, config: LlamaConfig, index: int, weights: Checkpoint, make_linear: MakeLinear) -> None:
+    def __init__(self, config: LlamaConfig, index: int, weights: Checkpoint, parts: Parts) -> None:
         prefix = f"model.layers.{index}."
         hidden, dim = config.hidden_size, config.head_dim
         query, key = config.heads * dim, config.kv_heads * dim
 
-        def packed(block: str, rows: dict[str, int], columns: int, bias: bool) -> Linear | Int8Linear:
+        def packed(
+            block: str, rows: dict[str, int], columns: int, bias: bool, make: MakeLinear = parts.linear
+        ) -> AnyLinear:
             names = [f"{prefix}{block}.{name}_proj" for name in rows]
             weight = weights.stack([f"{n}.weight" for n in names], [(r, columns) for r in rows.values()])
             if not bias:
-                return make_linear(weight)
-            return make_linear(
-                weight, weights.stack([f"{n}.bias" for n in names], [(r,) for r in rows.values()])
-            )
+                return make(weight)
+            biases = weights.stack([f"{n}.bias" for n in names], [(r,) for r in rows.values()])
+            return make(weight, biases)
 
         self.window = config.windows[index]
         self.input_norm = weights.read_copy(f"{prefix}input_layernorm.weight", (hidden,))
@@ -54,7 +67,7 @@ class LlamaLayer:
         self.qkv = packed("self_attn", {"q": query, "k": key, "v": key}, hidden, config.qkv_bias)
         self.output = packed("self_attn", {"o": hidden}, query, config.output_bias)
         middle = config.intermediate_size
-        self.gate_up = packed("mlp", {"gate": middle, "up": middle}, hidden, config.mlp_bias)
+        self.gated = packed("mlp", {"gate": middle, "up": middle}, hidden, config.mlp_bias, parts.gated)
         self.down = packed("mlp", {"down": hidden}, middle, config.mlp_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
@@ -87,20 +100,20 @@ class LlamaModel:
             path=path,
         )
         weights = Checkpoint(path, precision.compute, device)
-        make_linear = _linear_of(precision, device)
+        parts = _parts_of(precision, device)
         table = (config.vocab_size, config.hidden_size)
         # The table is only looked up in, so that little of it need be in memory: the head is packed apart
         # from it even where the two are tied.
         self._embedding = weights.map("model.embed_tokens.weight", table)
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-        self._head = make_linear(weights.read(head, table))
+        self._head = parts.linear(weights.read(head, table))
         self._norm = weights.read_copy("model.norm.weight", (config.hidden_size,))
         self._rope = Rope(config.rope, precision.compute, device)
         self._attention = attention
-        self._ops = _ops_of(precision, device)
+        self._ops = parts.ops
         self._layers = []
         for index in range(config.num_layers):
-            self._layers.append(LlamaLayer(config, index, weights, make_linear))
+            self._layers.append(LlamaLayer(config, index, weights, parts))
             if progress is not None:
                 progress("load weights", (index + 1) / config.num_layers)
         weights.check_all_read(_is_derived)
@@ -124,7 +137,7 @@ class LlamaModel:
             x, normed = ops.add_norm(x, delta, layer.input_norm, eps)
             delta = self._attend(index, layer, normed, angles, batch, pool)
             x, normed = ops.add_norm(x, delta, layer.mlp_norm, eps)
-            delta = layer.down(ops.gated_silu(layer.gate_up(normed)))
+            delta = layer.down(layer.gated(normed))
         last = None if delta is None else delta[sample_rows]
         _, normed = ops.add_norm(x[sample_rows], last, self._norm, eps)
         return self._head(normed).float()
@@ -154,18 +167,16 @@ class LlamaModel:
         return rms_norm(x, weight.shape, weight, self.config.norm_eps)
 
 
-def _linear_of(precision: Precision, device: torch.device) -> MakeLinear:
+def _parts_of(precision: Precision, device: torch.device) -> Parts:
+    kernels = kernels_for(device) if precision.compute == torch.float32 else None
+    ops: DecoderOps = TorchOps() if kernels is None else CompiledOps(kernels)
     if not precision.int8_weights:
-        return Linear
-    kernels = kernels_for(device)
+        return Parts(ops, Linear, functools.partial(GatedLinear, ops))
     if kernels is None:
         raise ValueError(f"int8 weights need the compiled CPU kernels, which {device} does not have")
-    return functools.partial(Int8Linear, kernels)
-
-
-def _ops_of(precision: Precision, device: torch.device) -> DecoderOps:
-    kernels = kernels_for(device) if precision.compute == torch.float32 else None
-    return TorchOps() if kernels is None else CompiledOps(kernels)
+    return Parts(
+        ops, functools.partial(Int8Linear, kernels), functools.partial(Int8Linear, kernels, gated=True)
+    )
 
 
 def _is_derived(name: str) -> bool:

@@ -18,7 +18,7 @@ from chiron_engine.model.source import resolve_model
 from chiron_engine.model.spec import ModelSpec
 
 from .errors import OutOfMemory
-from .host_memory import available_bytes
+from .host_memory import available_bytes, keep_freed_memory
 from .kv_sizing import KvSizes, check_config, default_cpu_pool, size_kv
 from .torch_executor import TorchExecutor
 from .trial_steps import run_largest_step, warm_up
@@ -49,6 +49,8 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
             f"planned before the tokens of the last one are known"
         )
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         path = resolve_model(config.model, progress)
         model = _load(path, resolve_precision(config.dtype, device, path), device, report)

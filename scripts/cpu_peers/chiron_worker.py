@@ -41,7 +41,7 @@ def start(settings: dict[str, Any]) -> Started:
         swap_space=0,
     )
     executor, _ = build_executor(config)
-    dtype = str(executor.model.dtype).removeprefix("torch.")
+    dtype = str(executor.model.precision.name).removeprefix("torch.")
     versions = {"chiron-engine": __version__, "torch": version("torch")}
     return Started(ChironEngine(executor), versions, {"dtype": settings["dtype"], "computes_in": dtype})
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from chiron_kernels.cpu.int8_linear import COLUMNS, GROUP, int8_linear, pack_int8
-from torch.nn.functional import pad
+from torch.nn.functional import pad, silu
 
 LARGEST = 127
 
@@ -72,6 +72,18 @@ def test_equals_the_rounded_product(
     # A value just between two steps may be rounded either way: a half of a step of one input.
     assert (out - wanted).abs().max() < 2e-3 * wanted.abs().max()
     assert (out - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("middle", [1536, 70, 16])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_gates_are_applied_to_their_outputs(vnni_library: ctypes.CDLL, rows: int, middle: int) -> None:
+    torch.manual_seed(rows)
+    x, weight, bias = torch.randn(rows, 96), torch.randn(2 * middle, 96), torch.randn(2 * middle)
+    gate, up = by_hand(x, weight, bias).chunk(2, dim=1)
+    out = int8_linear(vnni_library, x, pack_int8(vnni_library, weight, bias, gated=True))
+    assert out.shape == (rows, middle)
+    wanted = silu(gate) * up
+    assert (out - wanted).abs().max() < 2e-3 * wanted.abs().max()
 
 
 def test_the_largest_sums_do_not_saturate(vnni_library: ctypes.CDLL) -> None:

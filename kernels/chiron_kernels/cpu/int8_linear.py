@@ -20,7 +20,9 @@ class Int8Weight:
     """A weight [outputs, inputs] as the kernel reads it, both filled up with 0 to multiples of 32.
 
     values: uint8 [outputs / 32, inputs / 4, 32, 4], the rounded weight plus 128.
-    scales: bfloat16 [outputs / 32, inputs / 32, 32]. bias: float32 [outputs], filled up, or None.
+    scales: bfloat16 [outputs / 32, inputs / 32, 32].
+    bias: float32 [outputs], filled up, or None.
+    gated: by turns 16 gates and the 16 outputs they let through.
     """
 
     values: torch.Tensor
@@ -28,11 +30,18 @@ class Int8Weight:
     bias: torch.Tensor | None
     inputs: int
     outputs: int
+    gated: bool
 
 
-def pack_int8(library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Weight:
-    """Round a floating-point weight [outputs, inputs] to 8 bits. Raises ValueError where it holds
-    anything that is not finite."""
+def pack_int8(
+    library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False
+) -> Int8Weight:
+    """Round a floating-point weight [outputs, inputs] to 8 bits. gated: its first half are gates, and the
+    product is to be silu(gate) * up. Raises ValueError where it holds anything that is not finite."""
+    wanted = weight.shape[0] // 2 if gated else weight.shape[0]
+    if gated:
+        weight = _interleaved(weight)
+        bias = None if bias is None else _interleaved(bias)
     outputs, inputs = weight.shape
     if inputs % GROUP or outputs % COLUMNS:
         weight = pad(weight, (0, -inputs % GROUP, 0, -outputs % COLUMNS))
@@ -47,16 +56,26 @@ def pack_int8(library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | N
         raise ValueError(f"a weight of shape [{outputs}, {inputs}] holds values that are not finite")
     if bias is not None:
         bias = pad(bias.float(), (0, -outputs % COLUMNS)).contiguous()
-    return Int8Weight(values, scales, bias, inputs, outputs)
+    return Int8Weight(values, scales, bias, inputs, wanted, gated)
+
+
+def _interleaved(halves: torch.Tensor) -> torch.Tensor:
+    """Two halves along the first axis, by turns 16 of each, filled up with 0."""
+    both = halves.unflatten(0, (2, -1))
+    rows = both.shape[1]
+    both = pad(both, (0, 0) * (both.dim() - 2) + (0, -rows % (COLUMNS // 2)))
+    return both.unflatten(1, (-1, COLUMNS // 2)).transpose(0, 1).flatten(0, 2)
 
 
 def int8_linear(library: ctypes.CDLL, x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
-    """x W^T + bias, float32 [T, outputs], for contiguous float32 x [T, inputs]."""
+    """x W^T + bias, float32 [T, outputs], or of a gated weight silu(gate) * up; for contiguous float32
+    x [T, inputs]."""
     if x.shape[1] % GROUP:
         x = pad(x, (0, -x.shape[1] % GROUP))
     rows, inputs = x.shape
     padded = weight.values.shape[0] * COLUMNS
-    out = torch.empty(rows, padded)
+    columns = padded // 2 if weight.gated else padded
+    out = torch.empty(rows, columns)
     values = torch.empty(rows, inputs, dtype=torch.int8)
     scales = torch.empty(rows, inputs // GROUP)
     offsets = torch.empty(rows, inputs // GROUP, dtype=torch.int32)
@@ -65,6 +84,7 @@ def int8_linear(library: ctypes.CDLL, x: torch.Tensor, weight: Int8Weight) -> to
         rows,
         inputs,
         padded,
+        weight.gated,
         weight.values.data_ptr(),
         weight.scales.data_ptr(),
         None if weight.bias is None else weight.bias.data_ptr(),
@@ -73,4 +93,4 @@ def int8_linear(library: ctypes.CDLL, x: torch.Tensor, weight: Int8Weight) -> to
         scales.data_ptr(),
         offsets.data_ptr(),
     )
-    return out if padded == weight.outputs else out[:, : weight.outputs].contiguous()
+    return out if columns == weight.outputs else out[:, : weight.outputs].contiguous()

@@ -30,7 +30,7 @@ Size = ctypes.c_int64
 Real = ctypes.c_float
 
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "chiron_int8_linear": (Pointer, Size, Size, Size, *[Pointer] * 7),
+    "chiron_int8_linear": (Pointer, Size, Size, Size, Size, *[Pointer] * 7),
     "chiron_pack_int8": (Pointer, Size, Size, Pointer, Pointer),
     "chiron_add_rms_norm": (Pointer, Pointer, Pointer, Pointer, Size, Size, Real),
     "chiron_silu_multiply": (Pointer, Pointer, Size, Size),

@@ -36,18 +36,14 @@ void chiron_add_rms_norm(float *x, const float *delta, const float *weight, floa
 
 /* out [rows, size] = silu(gate) * up, for gate_up [rows, 2 size]. */
 void chiron_silu_multiply(const float *gate_up, float *out, int64_t rows, int64_t size) {
-  const __m512 one = _mm512_set1_ps(1.0f);
 #pragma omp parallel for if (rows * size >= WORTH_A_THREAD)
   for (int64_t row = 0; row < rows; row++) {
     const float *gate = gate_up + row * 2 * size, *up = gate + size;
     for (int64_t i = 0; i < size; i += LANES) {
       __mmask16 lanes = first_lanes(size - i);
       __m512 g = _mm512_maskz_loadu_ps(lanes, gate + i);
-      /* exp(-g) of a gate below -88 would overflow; silu is 0 there to float precision. */
-      __m512 below = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), g), _mm512_set1_ps(88.0f));
-      __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exponential(below)));
       _mm512_mask_storeu_ps(out + row * size + i, lanes,
-                            _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(lanes, up + i)));
+                            _mm512_mul_ps(silu(g), _mm512_maskz_loadu_ps(lanes, up + i)));
     }
   }
 }

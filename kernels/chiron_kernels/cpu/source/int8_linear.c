@@ -14,6 +14,7 @@
 #define COLUMNS 32
 #define TILE_ROWS 6
 #define WEIGHT_OFFSET 128
+#define GROUP_LINES (GROUP * COLUMNS / LINE) /* cache lines of a group's weights */
 
 /* Rows of activations. values [rows, inputs]; scales, offsets [rows, groups], the latter what to
    begin a group's sum with. */
@@ -53,9 +54,25 @@ INLINE __m512 load_bfloat16(const uint16_t *from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
 }
 
-/* `rows` rows times one block of 32 columns. weights [inputs / 4, 32, 4], scales [groups, 32] in bfloat16. */
-INLINE void multiply_tile(int rows, Activations a, const uint8_t *weights, const uint16_t *scales,
-                          const float *bias, float *out, int64_t out_stride) {
+/* One block of 32 columns: weights [inputs / 4, 32, 4], scales [groups, 32] in bfloat16, bias [32] or NULL.
+   gated: the first 16 columns are gates and the others what they let through; 16 come out. */
+typedef struct {
+  const uint8_t *weights;
+  const uint16_t *scales;
+  const float *bias;
+  int gated;
+} Block;
+
+/* Which lines of a group of the next block's weights to have fetched meanwhile: [from, to). */
+typedef struct {
+  int from, to;
+} Ahead;
+
+/* `rows` rows times a block. */
+INLINE void multiply_tile(int rows, Activations a, Block block, float *out, int64_t out_stride, Ahead ahead) {
+  const uint8_t *weights = block.weights, *next = weights + a.inputs * COLUMNS;
+  const uint16_t *scales = block.scales;
+  const float *bias = block.bias;
   __m512 total[TILE_ROWS][2];
   for (int r = 0; r < rows; r++) {
     total[r][0] = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
@@ -65,6 +82,8 @@ INLINE void multiply_tile(int rows, Activations a, const uint8_t *weights, const
     __m512i sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++)
       sum[r][0] = sum[r][1] = _mm512_set1_epi32(a.offsets[r * a.groups + g]);
+    for (int line = ahead.from; line < ahead.to; line++)
+      _mm_prefetch((const char *)next + (g * GROUP_LINES + line) * LINE, _MM_HINT_T1);
 #pragma GCC unroll 8
     for (int k = 0; k < GROUP; k += 4, weights += 4 * COLUMNS) {
       __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 4 * LANES);
@@ -84,37 +103,43 @@ INLINE void multiply_tile(int rows, Activations a, const uint8_t *weights, const
     }
   }
   for (int r = 0; r < rows; r++) {
-    _mm512_storeu_ps(out + r * out_stride, total[r][0]);
-    _mm512_storeu_ps(out + r * out_stride + LANES, total[r][1]);
+    float *to = out + r * out_stride;
+    if (block.gated) {
+      _mm512_storeu_ps(to, _mm512_mul_ps(silu(total[r][0]), total[r][1]));
+    } else {
+      _mm512_storeu_ps(to, total[r][0]);
+      _mm512_storeu_ps(to + LANES, total[r][1]);
+    }
   }
 }
 
-static void multiply_rows(int64_t rows, Activations a, const uint8_t *weights, const uint16_t *scales,
-                          const float *bias, float *out, int64_t out_stride) {
-  for (; rows >= TILE_ROWS; rows -= TILE_ROWS) {
-    multiply_tile(TILE_ROWS, a, weights, scales, bias, out, out_stride);
+static void multiply_rows(int64_t rows, Activations a, Block block, float *out, int64_t out_stride) {
+  const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  for (int64_t tile = 0; tile < tiles; tile++, rows -= TILE_ROWS) {
+    const Ahead ahead = {(int)(GROUP_LINES * tile / tiles), (int)(GROUP_LINES * (tile + 1) / tiles)};
+    switch (rows) {
+    case 1: multiply_tile(1, a, block, out, out_stride, ahead); break;
+    case 2: multiply_tile(2, a, block, out, out_stride, ahead); break;
+    case 3: multiply_tile(3, a, block, out, out_stride, ahead); break;
+    case 4: multiply_tile(4, a, block, out, out_stride, ahead); break;
+    case 5: multiply_tile(5, a, block, out, out_stride, ahead); break;
+    default: multiply_tile(TILE_ROWS, a, block, out, out_stride, ahead);
+    }
     a.values += TILE_ROWS * a.inputs;
     a.scales += TILE_ROWS * a.groups;
     a.offsets += TILE_ROWS * a.groups;
     out += TILE_ROWS * out_stride;
   }
-  switch (rows) {
-  case 1: multiply_tile(1, a, weights, scales, bias, out, out_stride); break;
-  case 2: multiply_tile(2, a, weights, scales, bias, out, out_stride); break;
-  case 3: multiply_tile(3, a, weights, scales, bias, out, out_stride); break;
-  case 4: multiply_tile(4, a, weights, scales, bias, out, out_stride); break;
-  case 5: multiply_tile(5, a, weights, scales, bias, out, out_stride); break;
-  }
 }
 
 /* out [rows, outputs] = x [rows, inputs] W^T + bias [outputs] or NULL. inputs and
    outputs are multiples of 32. weights [outputs / 32, inputs / 4, 32, 4] plus 128, scales [outputs / 32,
-   groups, 32] in bfloat16.
+   groups, 32] in bfloat16. gated: out [rows, outputs / 2] = silu(gate) * up, of blocks as Block says.
    values, value_scales, offsets: room for the rounded x, as Activations has it. */
-void chiron_int8_linear(const float *x, int64_t rows, int64_t inputs, int64_t outputs, const uint8_t *weights,
-                        const uint16_t *scales, const float *bias, float *out, int8_t *values,
-                        float *value_scales, int32_t *offsets) {
-  const int64_t groups = inputs / GROUP;
+void chiron_int8_linear(const float *x, int64_t rows, int64_t inputs, int64_t outputs, int64_t gated,
+                        const uint8_t *weights, const uint16_t *scales, const float *bias, float *out,
+                        int8_t *values, float *value_scales, int32_t *offsets) {
+  const int64_t groups = inputs / GROUP, fold = gated ? 2 : 1;
   const Activations activations = {values, value_scales, offsets, inputs, groups};
 #pragma omp parallel
   {
@@ -123,9 +148,11 @@ void chiron_int8_linear(const float *x, int64_t rows, int64_t inputs, int64_t ou
       quantise_row(x + row * inputs, groups, values + row * inputs, value_scales + row * groups,
                    offsets + row * groups);
 #pragma omp for
-    for (int64_t column = 0; column < outputs; column += COLUMNS)
-      multiply_rows(rows, activations, weights + column * inputs, scales + column * groups,
-                    bias ? bias + column : 0, out + column, outputs);
+    for (int64_t column = 0; column < outputs; column += COLUMNS) {
+      const Block block = {weights + column * inputs, scales + column * groups, bias ? bias + column : 0,
+                           (int)gated};
+      multiply_rows(rows, activations, block, out + column / fold, outputs / fold);
+    }
   }
 }
 

@@ -16,7 +16,6 @@
 #define MAX_HEAD 256
 #define TILE_QUERIES 6
 #define MAX_STATE (64 * MAX_HEAD)
-#define LINE 64
 
 typedef enum { FLOAT32 = 0, BFLOAT16 = 1 } Storage;
 
@@ -140,13 +139,31 @@ INLINE void load_tile(float *keys, float *values, const char *const *tokens, int
   }
 }
 
+/* Tokens to fetch while others are worked on, line by line in the order they lie in, `bytes` of each: the
+   hardware reads ahead in that order, which it does not for one head's part of every token. */
+typedef struct {
+  const char *tokens[KEYS];
+  int64_t token, count, byte, bytes;
+} Ahead;
+
+INLINE void fetch_line(Ahead *ahead) {
+  if (ahead->token == ahead->count) return;
+  _mm_prefetch(ahead->tokens[ahead->token] + ahead->byte, _MM_HINT_T1);
+  ahead->byte += LINE;
+  if (ahead->byte < ahead->bytes) return;
+  ahead->byte = 0;
+  ahead->token++;
+}
+
 /* out [queries, 16 vectors] += a [queries, inner] b [inner, 16 vectors]. */
 INLINE void accumulate_tile(int queries, int vectors, const float *a, int64_t a_stride, const float *b,
-                            int64_t b_stride, float *out, int64_t out_stride, int64_t inner) {
+                            int64_t b_stride, float *out, int64_t out_stride, int64_t inner, Ahead *ahead) {
   __m512 sum[TILE_QUERIES][4];
   for (int q = 0; q < queries; q++)
     for (int v = 0; v < vectors; v++) sum[q][v] = _mm512_loadu_ps(out + q * out_stride + v * LANES);
   for (int64_t i = 0; i < inner; i++) {
+    fetch_line(ahead);
+    fetch_line(ahead);
     __m512 right[4];
     for (int v = 0; v < vectors; v++) right[v] = _mm512_load_ps(b + i * b_stride + v * LANES);
     for (int q = 0; q < queries; q++) {
@@ -159,29 +176,29 @@ INLINE void accumulate_tile(int queries, int vectors, const float *a, int64_t a_
 }
 
 INLINE void accumulate_queries(int vectors, int64_t queries, const float *a, int64_t a_stride, const float *b,
-                               int64_t b_stride, float *out, int64_t out_stride, int64_t inner) {
+                               int64_t b_stride, float *out, int64_t out_stride, int64_t inner, Ahead *ahead) {
   for (; queries >= TILE_QUERIES; queries -= TILE_QUERIES) {
-    accumulate_tile(TILE_QUERIES, vectors, a, a_stride, b, b_stride, out, out_stride, inner);
+    accumulate_tile(TILE_QUERIES, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead);
     a += TILE_QUERIES * a_stride;
     out += TILE_QUERIES * out_stride;
   }
   switch (queries) {
-  case 1: accumulate_tile(1, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
-  case 2: accumulate_tile(2, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
-  case 3: accumulate_tile(3, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
-  case 4: accumulate_tile(4, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
-  case 5: accumulate_tile(5, vectors, a, a_stride, b, b_stride, out, out_stride, inner); break;
+  case 1: accumulate_tile(1, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
+  case 2: accumulate_tile(2, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
+  case 3: accumulate_tile(3, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
+  case 4: accumulate_tile(4, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
+  case 5: accumulate_tile(5, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
   }
 }
 
 /* out [queries, columns] += a [queries, inner] b [inner, columns]; columns is a multiple of 16. */
 static void accumulate(int64_t queries, int64_t columns, const float *a, int64_t a_stride, const float *b,
-                       int64_t b_stride, float *out, int64_t out_stride, int64_t inner) {
+                       int64_t b_stride, float *out, int64_t out_stride, int64_t inner, Ahead *ahead) {
   int64_t column = 0;
   for (; column + 4 * LANES <= columns; column += 4 * LANES)
-    accumulate_queries(4, queries, a, a_stride, b + column, b_stride, out + column, out_stride, inner);
+    accumulate_queries(4, queries, a, a_stride, b + column, b_stride, out + column, out_stride, inner, ahead);
   for (; column < columns; column += LANES)
-    accumulate_queries(1, queries, a, a_stride, b + column, b_stride, out + column, out_stride, inner);
+    accumulate_queries(1, queries, a, a_stride, b + column, b_stride, out + column, out_stride, inner, ahead);
 }
 
 /* What one thread needs for the queries of one task. */
@@ -246,14 +263,6 @@ typedef struct {
   int64_t kv_head, kv_heads, head, heads, group;
 } Task;
 
-/* Has tokens fetched in the order they lie in: the hardware then reads ahead, which it does not for one
-   head's part of every token. */
-static void prefetch_tokens(const char *const *tokens, int64_t count, const Pool *pool) {
-  const int64_t bytes = 2 * pool->kv_heads * pool->head * element_bytes(pool);
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t byte = 0; byte < bytes; byte += LINE) _mm_prefetch(tokens[i] + byte, _MM_HINT_T1);
-}
-
 static void begin(Scratch *s, const Task *task, const Options *options, int64_t size, int64_t padded, const float *q,
                   int64_t q_stride) {
   int64_t query = 0;
@@ -286,20 +295,35 @@ static void finish(const Scratch *s, const Task *task, int64_t size, int64_t pad
       }
 }
 
-static void attend(Scratch *s, const Pool *pool, const Task *task, const Options *options, const float *q,
-                   int64_t q_stride, float *out, int64_t out_stride) {
+/* The first position of the key tile that the first row of a run begins with. */
+static int64_t first_tile(const Run *run, const Options *options) {
+  const int64_t seen = options->window ? run->position + 1 - options->window : 0;
+  return seen > 0 ? seen / KEYS * KEYS : 0;
+}
+
+/* The tile of a run that begins at `first`. */
+static void look_ahead(Ahead *ahead, const Pool *pool, const Task *task, int64_t first) {
+  const int64_t end = task->run->position + task->run->count;
+  ahead->token = ahead->byte = 0;
+  ahead->count = smaller(end - first, KEYS);
+  find_tokens(pool, task->run->table, first, ahead->count, ahead->tokens);
+}
+
+/* `next` is the task that this thread takes up after this one, or NULL. */
+static void attend(Scratch *s, const Pool *pool, const Task *task, const Task *next, const Options *options,
+                   const float *q, int64_t q_stride, float *out, int64_t out_stride, Ahead *ahead) {
   const Run *run = task->run;
   const int64_t size = pool->head, padded = (size + LANES - 1) / LANES * LANES;
   const int64_t queries = run->count * task->heads, end = run->position + run->count;
-  int64_t seen = options->window ? run->position + 1 - options->window : 0;
-  if (seen < 0) seen = 0;
   begin(s, task, options, size, padded, q, q_stride);
-  const int reads_whole_tokens = task->kv_heads == pool->kv_heads;
-  const char *tokens[2 * KEYS];
-  for (int64_t first = seen / KEYS * KEYS; first < end; first += KEYS) {
-    const int64_t count = smaller(end - first, KEYS), ahead = smaller(end - first, 2 * KEYS) - count;
-    find_tokens(pool, run->table, first, count + ahead, tokens);
-    if (reads_whole_tokens) prefetch_tokens(tokens + count, ahead, pool);
+  const char *tokens[KEYS];
+  for (int64_t first = first_tile(run, options); first < end; first += KEYS) {
+    const int64_t count = smaller(end - first, KEYS);
+    find_tokens(pool, run->table, first, count, tokens);
+    if (first + KEYS < end)
+      look_ahead(ahead, pool, task, first + KEYS);
+    else if (next)
+      look_ahead(ahead, pool, next, first_tile(next->run, options));
     for (int64_t kv = 0; kv < task->kv_heads; kv++) {
       const int64_t from = kv * queries;
       if (pool->storage == BFLOAT16)
@@ -308,16 +332,45 @@ static void attend(Scratch *s, const Pool *pool, const Task *task, const Options
         load_tile(s->keys, s->values, tokens, count, pool, FLOAT32, task->kv_head + kv, padded);
       __builtin_memset(s->scores, 0, (size_t)(queries * KEYS) * sizeof(float));
       accumulate(queries, (count + LANES - 1) / LANES * LANES, s->queries + from * padded, padded, s->keys, KEYS,
-                 s->scores, KEYS, size);
+                 s->scores, KEYS, size, ahead);
       for (int64_t query = 0; query < queries; query++) {
         const int64_t high = run->position + query / task->heads + 1;
         const int64_t low = options->window ? high - options->window : 0;
         weigh(s, s->scores + query * KEYS, from + query, first, count, low, high, options, padded);
       }
-      accumulate(queries, padded, s->scores, KEYS, s->values, padded, s->sums + from * padded, padded, count);
+      accumulate(queries, padded, s->scores, KEYS, s->values, padded, s->sums + from * padded, padded, count, ahead);
     }
   }
   finish(s, task, size, padded, out, out_stride);
+}
+
+/* How the runs are cut into tasks: by key head, and its query heads in `parts`. A run of one row is one
+   task where `whole`. */
+typedef struct {
+  const Run *runs;
+  int64_t run_count, kv_heads, group, parts;
+  int whole;
+} Split;
+
+/* The task of this number; 0 where it is part of another. */
+static int task_of(const Split *split, int64_t number, Task *task) {
+  const int64_t per_run = split->kv_heads * split->parts, part = number % per_run;
+  const int64_t heads = (split->group + split->parts - 1) / split->parts, from = part % split->parts * heads;
+  const Run *run = &split->runs[number / per_run];
+  *task = (Task){run, part / split->parts, 1, from, smaller(split->group - from, heads), split->group};
+  if (!split->whole || run->count > 1) return 1;
+  task->kv_heads = split->kv_heads;
+  return part == 0;
+}
+
+/* Takes the next task off the common counter; 0 where there is none left. */
+static int take(const Split *split, int64_t *counter, Task *task) {
+  const int64_t tasks = split->run_count * split->kv_heads * split->parts;
+  for (;;) {
+    const int64_t number = __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+    if (number >= tasks) return 0;
+    if (task_of(split, number, task)) return 1;
+  }
 }
 
 /* Stores k and v [rows, kv_heads, head] at write_blocks and write_offsets [rows]; then out [rows,
@@ -330,28 +383,29 @@ void chiron_paged_attention(const float *q, int64_t q_stride, const float *k, in
   const Pool pool = {pool_data, block_stride, block_size, kv_heads, head, (Storage)storage};
   const Options options = {scale, softcap, window, sinks};
   const int64_t group = query_heads / kv_heads;
-  const int64_t parts = (group + MAX_QUERIES - 1) / MAX_QUERIES, heads = (group + parts - 1) / parts;
+  Split split = {runs, run_count, kv_heads, group, (group + MAX_QUERIES - 1) / MAX_QUERIES, 0};
+  int64_t counter = 0;
 #pragma omp parallel
   {
     Scratch scratch;
-    /* With enough single rows for all threads, one task reads all of a token: see prefetch_tile. */
-    const int whole = parts == 1 && run_count >= 4 * omp_get_num_threads() && query_heads * (head + LANES) <= MAX_STATE;
+    Ahead ahead = {.bytes = 2 * kv_heads * head * element_bytes(&pool)};
+#pragma omp single
+    /* With enough rows for all threads, one task reads all of a token: see Ahead. */
+    split.whole = split.parts == 1 && run_count >= 4 * omp_get_num_threads() &&
+                  query_heads * (head + LANES) <= MAX_STATE;
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
       store_heads(&pool, write_blocks[row], write_offsets[row], 0, k + row * k_stride);
       store_heads(&pool, write_blocks[row], write_offsets[row], 1, v + row * v_stride);
     }
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t run = 0; run < run_count; run++)
-      for (int64_t part = 0; part < kv_heads * parts; part++) {
-        const int64_t from = part % parts * heads, here = group - from < heads ? group - from : heads;
-        Task task = {&runs[run], part / parts, 1, from, here, group};
-        if (whole && runs[run].count == 1) {
-          if (part) continue;
-          task.kv_heads = kv_heads;
-        }
-        attend(&scratch, &pool, &task, &options, q, q_stride, out, query_heads * head);
-      }
+    Task tasks[2];
+    int turn = 0, more = take(&split, &counter, &tasks[0]);
+    while (more) {
+      more = take(&split, &counter, &tasks[!turn]);
+      attend(&scratch, &pool, &tasks[turn], more ? &tasks[!turn] : 0, &options, q, q_stride, out, query_heads * head,
+             &ahead);
+      turn = !turn;
+    }
   }
 }
 

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #define LANES 16
+#define LINE 64 /* bytes of a cache line */
 #define INLINE static inline __attribute__((always_inline))
 
 /* The first `count` lanes; all of them from 16 on. */
@@ -31,6 +32,12 @@ INLINE __m512 exponential(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
   __m512 y = _mm512_scalef_ps(p, n);
   return _mm512_mask_mov_ps(_mm512_setzero_ps(), _mm512_cmp_ps_mask(x, lowest, _CMP_NEQ_UQ), y);
+}
+
+/* x / (1 + exp(-x)). Of an x below -88 the exponential would overflow; silu is 0 there to float precision. */
+INLINE __m512 silu(__m512 x) {
+  __m512 below = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(below)));
 }
 
 /* Rows of 16 elements of 32 bits to columns. */
