@@ -109,6 +109,8 @@ def batch_line(text: str) -> batch_pb2.BatchLine:
     body = _body(fields)
     try:
         return batch_pb2.BatchLine(custom_id=custom_id, request=_request(body))
+    except RecursionError:
+        raise BatchFileError("is nested too deeply") from None
     except ValueError as error:  # out of the range of the message's field, or no Unicode text
         raise error if isinstance(error, BatchFileError) else BatchFileError(str(error)) from None
 

@@ -75,12 +75,13 @@ class Generation:
                 on_first_token()
             if stream.overflowed:
                 raise exhausted("the output is read too slowly; the request was ended", "slow_reader", None)
+            # Both before anything is awaited: what comes meanwhile belongs to the next round.
+            chunk, has_ended = self._chunk(tokens, stream), stream.has_ended
             await self._write_prompt(writer)
-            chunk = self._chunk(tokens, stream)
             if self._text.is_stopped:
                 await self._end_at_stop_string(chunk, writer)
                 return
-            if stream.has_ended:
+            if has_ended:
                 await self._end(chunk, writer)
                 return
             if chunk.token_ids:

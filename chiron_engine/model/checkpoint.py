@@ -35,24 +35,26 @@ class Checkpoint:
         """The tensor in the dtype and on the device asked for. Where no conversion is needed it is
         a view of the file, whose pages stay in memory as long as any view does: never write to it, and
         keep none (see `read_copy` and `map`)."""
-        return self._converted(name, shape, *self._opened(name))
+        tensor = self._checked(name, shape, *self._opened(name))
+        return tensor.to(device=self._device, dtype=self._dtype)
 
     def read_copy(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Like `read`, but never a view: for the small tensors that a model keeps."""
         return self.read(name, shape).clone()
 
     def map(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """Like `read`, but a view of a mapping of its own: of a large table only what is looked up in
-        it takes memory."""
+        """Like `read`, but on the CPU a view of a mapping of its own, in the file's dtype: of a large table
+        only what is looked up in it takes memory."""
         file, _ = self._opened(name)
-        return self._converted(name, shape, file, _open(file))
+        tensor = self._checked(name, shape, file, _open(file))
+        return tensor if self._device.type == "cpu" else tensor.to(device=self._device, dtype=self._dtype)
 
     def _opened(self, name: str) -> tuple[Path, Any]:
         if name not in self._file_of:
             raise ModelError(f"{self._path} lacks the tensor {name}: not a complete checkpoint of this model")
         return self._file_of[name]
 
-    def _converted(self, name: str, shape: Sequence[int], file: Path, opened: Any) -> torch.Tensor:
+    def _checked(self, name: str, shape: Sequence[int], file: Path, opened: Any) -> torch.Tensor:
         self._read.add(name)
         found = tuple(opened.get_slice(name).get_shape())
         if found != tuple(shape):
@@ -65,7 +67,7 @@ class Checkpoint:
             raise ModelError(f"cannot read {name} of {file}: {error}") from None
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{file}: {name} is {tensor.dtype}: quantised checkpoints are not supported")
-        return tensor.to(device=self._device, dtype=self._dtype)
+        return tensor
 
     def check_all_read(self, ignored: Callable[[str], bool]) -> None:
         """Raises ModelError where tensors are left over that `ignored` does not excuse: the config

@@ -46,7 +46,7 @@ class CompiledAttention:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not can_attend(self._kernels, q.shape[2], pool.dtype):
+        if not can_attend(q.shape[2], pool.dtype):
             return self._torch.attend(layer, q, k, v, pool, batch, scale, window, softcap, sinks)
         longest = longest_run(self._kernels, q.shape[1], k.shape[1])
         runs = self._runs.get(longest)

@@ -19,7 +19,7 @@ def open_kernels() -> ctypes.CDLL | str:
     """The kernels, or why there are none. The first call on a machine compiles them."""
     try:
         return open_library(cache_dir() / "kernels")
-    except KernelsUnavailable as error:
+    except (KernelsUnavailable, OSError, RuntimeError) as error:  # no home, or one that cannot be searched
         logger.warning("no compiled CPU kernels, torch's instead: %s", error)
         return str(error)
 

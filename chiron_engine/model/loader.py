@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from chiron_kernels.cpu.paged_attention import LARGEST_HEAD
 
 from chiron_engine.model.attention import AttentionBackend, AttentionBatch, TorchAttention
 from chiron_engine.model.compiled_attention import CompiledAttention
@@ -14,7 +15,7 @@ from chiron_engine.model.cpu_kernels import kernels_for, why_not_int8
 from chiron_engine.model.directory import CONFIG, check_directory, read_json
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.kv_pool import KvPool
-from chiron_engine.model.llama_config import ARCHITECTURES, architecture_of
+from chiron_engine.model.llama_config import ARCHITECTURES, architecture_of, parse_config
 from chiron_engine.model.precision import BFLOAT16, FLOAT32, INT8, Precision
 from chiron_engine.model.spec import ModelSpec
 
@@ -48,16 +49,13 @@ def load_model(
     """Load the model in directory `path`. Raises ModelError where it is broken or not supported, also
     in this precision."""
     check_directory(path)
+    if precision.int8_weights and (reason := why_not_int8_model(path)) is not None:
+        raise ModelError(f"{reason}; take float32 or bfloat16")
     attention = _attention_for(device)
     if is_native(path):
         from chiron_engine.model.native import LlamaModel
 
         return LlamaModel(path, precision=precision, device=device, attention=attention, progress=progress)
-    if precision.int8_weights:
-        architecture = architecture_of(read_json(path / CONFIG))
-        raise ModelError(
-            f"dtype int8 is for {', '.join(ARCHITECTURES)}, not for {architecture}; take float32 or bfloat16"
-        )
     from chiron_engine.model.hugging_face import HuggingFaceModel
 
     return HuggingFaceModel(path, precision=precision, device=device, attention=attention, progress=progress)
@@ -66,6 +64,17 @@ def load_model(
 def is_native(path: Path) -> bool:
     """Whether the model in directory `path` runs without transformers."""
     return architecture_of(read_json(path / CONFIG)) in ARCHITECTURES
+
+
+def why_not_int8_model(path: Path) -> str | None:
+    """What keeps the model in directory `path` from int8; None where nothing does."""
+    raw = read_json(path / CONFIG)
+    if not is_native(path):
+        return f"dtype int8 is for {', '.join(ARCHITECTURES)}, not for {architecture_of(raw)}"
+    head_dim = parse_config(raw).head_dim
+    if head_dim > LARGEST_HEAD or head_dim % 2:
+        return f"dtype int8 is for heads of even size up to {LARGEST_HEAD}, not of {head_dim}"
+    return None
 
 
 def _attention_for(device: torch.device) -> AttentionBackend:
@@ -79,4 +88,4 @@ def default_precision(path: Path, device: torch.device) -> Precision:
     slower than float32 on a CPU without matrix tiles from some 32 rows on."""
     if device.type != "cpu":
         return BFLOAT16
-    return INT8 if is_native(path) and why_not_int8(device) is None else FLOAT32
+    return FLOAT32 if why_not_int8(device) or why_not_int8_model(path) else INT8

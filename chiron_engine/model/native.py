@@ -102,11 +102,12 @@ class LlamaModel:
         weights = Checkpoint(path, precision.compute, device)
         parts = _parts_of(precision, device)
         table = (config.vocab_size, config.hidden_size)
-        # The table is only looked up in, so that little of it need be in memory: the head is packed apart
-        # from it even where the two are tied.
+        # On the CPU the table is only looked up in, so that little of it need be in memory: the head is
+        # packed apart from it even where the two are tied.
         self._embedding = weights.map("model.embed_tokens.weight", table)
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-        self._head = parts.linear(weights.read(head, table))
+        shared = config.tied_embeddings and device.type != "cpu"
+        self._head = parts.linear(self._embedding if shared else weights.read(head, table))
         self._norm = weights.read_copy("model.norm.weight", (config.hidden_size,))
         self._rope = Rope(config.rope, precision.compute, device)
         self._attention = attention
@@ -130,7 +131,7 @@ class LlamaModel:
         input_ids and positions are int64 [T]."""
         self._attention.begin(batch, pool)
         angles = self._rope.angles(positions)
-        x = embedding(input_ids, self._embedding)
+        x = embedding(input_ids, self._embedding).to(self.precision.compute)
         ops, eps = self._ops, self.config.norm_eps
         delta = None
         for index, layer in enumerate(self._layers):

@@ -48,12 +48,13 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
             f"num_speculative_tokens is {config.num_speculative_tokens}; on {device} it must be 0: a step is "
             f"planned before the tokens of the last one are known"
         )
+    precision = named_precision(config.dtype, device)
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     if device.type == "cpu":
         keep_freed_memory()
     try:
         path = resolve_model(config.model, progress)
-        model = _load(path, resolve_precision(config.dtype, device, path), device, report)
+        model = _load(path, precision or default_precision(path, device), device, report)
         executor = _with_pools(config, model, device, report)
         report("warm up", 0.0)
         warm_up(executor)
@@ -99,11 +100,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def resolve_precision(name: str, device: torch.device, path: Path) -> Precision:
-    """`auto` depends on the model in directory `path`. Raises ValueError for what this device does not
+def named_precision(name: str, device: torch.device) -> Precision | None:
+    """None for `auto`, which depends on the model. Raises ValueError for what this device does not
     compute in."""
     if name == "auto":
-        return default_precision(path, device)
+        return None
     if name not in PRECISIONS:
         raise ValueError(f"dtype is {name!r}; it must be auto, {', '.join(PRECISIONS)}")
     if name == "float16" and device.type == "cpu":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from .uploads import IntArray, upload_array
 log = logging.getLogger(__name__)
 
 KEPT = 64
+COMPILE_STACK = 64 << 20
+_STACK_SIZE = threading.Lock()
+"""Held while the stack size of new threads is another than usual."""
 WORD_BITS = 32
 BYTE_BITS = 8
 ROWS_AT_ONCE = 4
@@ -70,7 +74,8 @@ class GuideCompiler:
         return self._kept(guide)
 
     def _compile(self, guide: Guide) -> CompiledGuide:
-        matcher = LLMatcher(self._read_tokenizer(), GRAMMARS[guide.kind](guide.text), log_level=0)
+        tokenizer, grammar = self._read_tokenizer(), GRAMMARS[guide.kind](guide.text)
+        matcher = _with_large_stack(lambda: LLMatcher(tokenizer, grammar, log_level=0))
         if matcher.is_error():
             raise ValueError(f"{guide.kind} cannot be followed: {_first_line(matcher.get_error())}")
         return CompiledGuide(matcher)
@@ -83,6 +88,20 @@ class GuideCompiler:
                 raise ValueError("no guide can be followed: the model has no tokenizer.json or no end token")
             self._tokenizer = LLTokenizer(str(self._path), n_vocab=self._vocab_size, eos_token=self._end_ids)
             return self._tokenizer
+
+
+def _with_large_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
+    """The library goes down a chain of rules by recursion, and a stack that overflows ends the process:
+    the longest chain that a guide's size allows needs some 25 MB."""
+    with _STACK_SIZE:
+        before = threading.stack_size(COMPILE_STACK)
+        try:
+            thread = ThreadPoolExecutor(1, "compile-guide")
+            compiled = thread.submit(work)  # which starts the thread
+        finally:
+            threading.stack_size(before)
+    with thread:
+        return compiled.result()
 
 
 class GuidedRows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
@@ -17,7 +18,9 @@ KEPT_FREE = 128 << 20
 def keep_freed_memory() -> None:
     """Have malloc keep what is freed for the next step instead of giving it back to the system, which
     hands it out again page by page: for the logits of 64 rows that takes longer than computing them.
-    Nothing happens with another malloc than glibc's."""
+    Nothing happens with another malloc than glibc's, and settings of the user's stand."""
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, KEPT_ALLOCATION)

@@ -62,3 +62,23 @@ def test_a_cpu_that_lacks_instructions(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(compiling.platform, "machine", lambda: "aarch64")
     with pytest.raises(KernelsUnavailable, match="not aarch64"):
         open_library(tmp_path / "d")
+
+
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, library: ctypes.CDLL) -> None:
+    cache = tmp_path / "kernels"
+    first = subprocess.run([sys.executable, "-c", OPEN, str(cache)], timeout=120)
+    (built,) = cache.iterdir()
+    whole = built.stat().st_size
+    built.write_bytes(built.read_bytes()[:1000])
+    again = subprocess.run([sys.executable, "-c", OPEN, str(cache)], timeout=120)
+    assert first.returncode == again.returncode == 0 and built.stat().st_size == whole
+
+
+def test_a_compiled_library_needs_no_compiler(
+    tmp_path: Path, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "kernels"
+    subprocess.run([sys.executable, "-c", OPEN, str(cache)], timeout=120, check=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "")
+    assert subprocess.run([sys.executable, "-c", OPEN, str(cache)], timeout=120).returncode == 0

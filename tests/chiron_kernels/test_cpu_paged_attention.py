@@ -167,8 +167,22 @@ def test_large_scores_do_not_overflow(library: ctypes.CDLL) -> None:
     assert torch.allclose(out[0], sequence.values[best, 0])
 
 
-def test_heads_it_does_not_take(library: ctypes.CDLL) -> None:
-    assert can_attend(library, 256, torch.float32) and can_attend(library, 33, torch.float32)
-    assert not can_attend(library, 257, torch.float32)
-    assert not can_attend(library, 33, torch.bfloat16)
-    assert not can_attend(library, 64, torch.float16)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("broken", [3, slice(0, 64)], ids=str)
+def test_a_score_that_is_no_number_does_not_become_one(
+    library: ctypes.CDLL, softcap: float | None, broken: int | slice
+) -> None:
+    torch.manual_seed(4)
+    pool = Pool(1, 64, torch.float32)
+    sequence = pool.add(100, 1, 2)
+    position = torch.arange(101)[broken]
+    pool.kv[sequence.table[position // BLOCK], position % BLOCK, 0] = math.nan
+    (out,) = attend(library, pool, [sequence], 0.125, softcap=softcap)
+    assert not out.isfinite().any()
+
+
+def test_heads_it_does_not_take() -> None:
+    assert can_attend(256, torch.float32) and can_attend(33, torch.float32)
+    assert not can_attend(257, torch.float32)
+    assert not can_attend(33, torch.bfloat16)
+    assert not can_attend(64, torch.float16)

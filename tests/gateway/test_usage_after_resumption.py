@@ -53,6 +53,38 @@ def test_no_more_of_a_prompt_is_cached_than_there_is() -> None:
     asyncio.run(check())
 
 
+class Late(EnginePool):
+    """Has a first token and what the prompt's were worth; the rest comes once the client is written to."""
+
+    def submit(self, stream: TokenStream, received: float) -> None:
+        self.stream = stream
+        stream.prompt_logprobs += [types_pb2.TokenLogprobs(logprob=-1.0)] * 2
+        stream.push(7, received)
+
+
+def test_tokens_that_come_while_a_prompt_is_told_are_not_lost() -> None:
+    engines = Late([])
+
+    class Slow(Chunks):
+        async def write(self, chunk: inference_pb2.GenerateChunk) -> None:
+            if not self.written:
+                for token in (8, 9):
+                    engines.stream.push(token, time.monotonic())
+                engines.stream.finish(FINISHED)
+            await super().write(chunk)
+
+    async def check() -> None:
+        prompt = Prompt(PROMPT, types_pb2.SamplingParams(), types_pb2.Slo(), [])
+        chunks = Slow()
+        generation = Generation(prompt, "r", time.monotonic(), NoTokenizer(), engines)
+        async with ChunkWriter(chunks, 60.0) as writer:  # type: ignore[arg-type]
+            await generation.run(writer, lambda: None)
+        assert [token for chunk in chunks.written for token in chunk.token_ids] == [7, 8, 9]
+        assert chunks.written[-1].usage.completion_tokens == 3
+
+    asyncio.run(check())
+
+
 def test_the_next_engine_is_told_what_of_the_prompt_was_output() -> None:
     """And how much of it is still owed."""
 

@@ -12,9 +12,10 @@ import torch
 from packed import greedy, paged_logits, random_prompts, relative_error
 from tiny_config import TINY
 
+from chiron_engine.model import cpu_kernels
 from chiron_engine.model.cpu_kernels import why_not_int8
 from chiron_engine.model.errors import ModelError
-from chiron_engine.model.loader import load_model
+from chiron_engine.model.loader import default_precision, load_model
 from chiron_engine.model.precision import FLOAT32, INT8
 
 CPU = torch.device("cpu")
@@ -64,6 +65,23 @@ def test_other_families_are_refused_by_name(save_tiny: Save) -> None:
     _, path = save_tiny(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     with pytest.raises(ModelError, match=r"int8 is for LlamaForCausalLM.* not for GPT2LMHeadModel"):
         load_model(path, precision=INT8, device=CPU)
+
+
+def test_heads_too_large_are_refused_and_get_float32(save_tiny: Save) -> None:
+    from transformers import LlamaConfig
+
+    _, path = save_tiny(LlamaConfig(**(TINY | {"head_dim": 264})))
+    with pytest.raises(ModelError, match="heads of even size up to 256, not of 264"):
+        load_model(path, precision=INT8, device=CPU)
+    assert default_precision(path, CPU) is FLOAT32
+
+
+def test_a_cache_that_cannot_be_looked_into_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise PermissionError(13, "no such home of yours")
+
+    monkeypatch.setattr(cpu_kernels, "cache_dir", no_home)
+    assert "no such home" in str(cpu_kernels.open_kernels.__wrapped__())
 
 
 def test_a_broken_weight_is_refused_by_name(save_tiny: Save) -> None:

@@ -14,12 +14,13 @@ from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.model import cpu_kernels, loader
+from chiron_engine.model.loader import default_precision
 from chiron_engine.model.precision import BFLOAT16, FLOAT32, INT8
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.request import Request, Slo, SloClass
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.runtime import build
-from chiron_engine.runtime.build import build_executor, resolve_device, resolve_precision
+from chiron_engine.runtime.build import build_executor, named_precision, resolve_device
 from chiron_engine.runtime.errors import OutOfMemory
 from chiron_engine.runtime.torch_executor import TorchExecutor
 from chiron_engine.runtime.trial_steps import TrialRequests, measure_step_costs, measure_swap_costs
@@ -185,29 +186,29 @@ def test_cuda_without_a_device_is_refused() -> None:
 
 
 def test_precisions(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, path = torch.device("cpu"), Path(config.model)
-    assert resolve_precision("bfloat16", cpu, path) is BFLOAT16
+    cpu = torch.device("cpu")
+    assert named_precision("bfloat16", cpu) is BFLOAT16 and named_precision("auto", cpu) is None
     monkeypatch.setattr(build, "why_not_int8", lambda device: None)
     monkeypatch.setattr(loader, "why_not_int8", lambda device: None)
-    assert resolve_precision("auto", cpu, path) is resolve_precision("int8", cpu, path) is INT8
+    assert named_precision("int8", cpu) is INT8 is default_precision(Path(config.model), cpu)
     with pytest.raises(ValueError, match="float16, which is for CUDA"):
-        resolve_precision("float16", cpu, path)
+        named_precision("float16", cpu)
     with pytest.raises(ValueError, match="dtype is 'int4'"):
-        resolve_precision("int4", cpu, path)
+        named_precision("int4", cpu)
 
 
 def test_without_what_int8_needs_it_is_refused_and_not_the_default(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu, path = torch.device("cpu"), Path(config.model)
+    cpu = torch.device("cpu")
     monkeypatch.setattr(cpu_kernels, "has_vnni", lambda: False)
     monkeypatch.setattr(cpu_kernels, "open_kernels", lambda: ctypes.CDLL(None))
     with pytest.raises(ValueError, match="lacks avx512_vnni"):
-        resolve_precision("int8", cpu, path)
-    assert resolve_precision("auto", cpu, path) is FLOAT32
+        named_precision("int8", cpu)
+    assert default_precision(Path(config.model), cpu) is FLOAT32
     monkeypatch.setattr(cpu_kernels, "open_kernels", lambda: "there is no C compiler")
     with pytest.raises(ValueError, match="no C compiler"):
-        resolve_precision("int8", cpu, path)
+        named_precision("int8", cpu)
 
 
 def test_a_cuda_pool_leaves_room_for_steps_and_what_else_is_there(

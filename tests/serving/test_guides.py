@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -219,3 +221,25 @@ def test_a_model_without_a_tokenizer_file_follows_none(model: Path, tmp_path: Pa
     for directory, ends in ((tmp_path, [END]), (model, [])):
         with pytest.raises(ValueError, match=r"no tokenizer\.json or no end token"):
             GuideCompiler(directory, END + 1, ends).compile(Guide("regex", "a"))
+
+
+CHAIN = """
+import sys
+from pathlib import Path
+from chiron_engine.policy.iteration.sampling_params import Guide
+from chiron_engine.runtime.guides import GuideCompiler
+rules = "".join(f"r{n}: r{n + 1}\\n" for n in range(5000))
+grammar = "start: r0\\n" + rules + 'r5000: "a"'
+assert 60_000 < len(grammar) < 65_536
+try:
+    GuideCompiler(Path(sys.argv[1]), int(sys.argv[2]), [0]).compile(Guide("grammar", grammar))
+except ValueError:
+    pass
+"""
+
+
+def test_the_longest_chain_of_rules_does_not_end_the_process(model: Path) -> None:
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    command = [sys.executable, "-c", CHAIN, str(model), str(vocab_size)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]

@@ -159,7 +159,10 @@ class Speculation:
         return not self._followed
 
     def _offer(self, request: Request) -> Guesses | None:
-        """All that could be guessed of a request; its last token needs no more."""
+        """All that could be guessed of a request; its last token needs no more, and where the values of
+        tokens are not modelled there is nothing to guess from."""
+        if not request.output_ids:
+            return None
         followed = self._followed.get(request)
         if followed is None:
             if request in self._followed:

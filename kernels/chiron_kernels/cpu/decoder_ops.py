@@ -24,7 +24,7 @@ def add_rms_norm(
 def silu_multiply(library: ctypes.CDLL, gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [T, size], for gate_up [T, 2 size]: gate first."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, size)
+    out = torch.empty(rows, size, dtype=torch.float32, device="cpu")
     library.chiron_silu_multiply(gate_up.data_ptr(), out.data_ptr(), rows, size)
     return out
 

@@ -47,8 +47,8 @@ def pack_int8(
         weight = pad(weight, (0, -inputs % GROUP, 0, -outputs % COLUMNS))
     weight = weight.float().contiguous()
     blocks, groups = weight.shape[0] // COLUMNS, weight.shape[1] // GROUP
-    values = torch.empty(blocks, weight.shape[1] // 4, COLUMNS, 4, dtype=torch.uint8)
-    scales = torch.empty(blocks, groups, COLUMNS, dtype=torch.bfloat16)
+    values = torch.empty(blocks, weight.shape[1] // 4, COLUMNS, 4, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(blocks, groups, COLUMNS, dtype=torch.bfloat16, device="cpu")
     library.chiron_pack_int8(
         weight.data_ptr(), weight.shape[1], weight.shape[0], values.data_ptr(), scales.data_ptr()
     )
@@ -75,10 +75,10 @@ def int8_linear(library: ctypes.CDLL, x: torch.Tensor, weight: Int8Weight) -> to
     rows, inputs = x.shape
     padded = weight.values.shape[0] * COLUMNS
     columns = padded // 2 if weight.gated else padded
-    out = torch.empty(rows, columns)
-    values = torch.empty(rows, inputs, dtype=torch.int8)
-    scales = torch.empty(rows, inputs // GROUP)
-    offsets = torch.empty(rows, inputs // GROUP, dtype=torch.int32)
+    out = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+    values = torch.empty(rows, inputs, dtype=torch.int8, device="cpu")
+    scales = torch.empty(rows, inputs // GROUP, dtype=torch.float32, device="cpu")
+    offsets = torch.empty(rows, inputs // GROUP, dtype=torch.int32, device="cpu")
     library.chiron_int8_linear(
         x.data_ptr(),
         rows,

@@ -24,6 +24,8 @@ FEATURES = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 TARGET = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma")
 FLAGS = ("-std=c11", "-O3", "-fopenmp", "-fPIC", *TARGET)
 COMPILE_TIMEOUT_S = 120
+# At the end of the library, of all before it; the loader does not look there.
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 Pointer = ctypes.c_void_p
 Size = ctypes.c_int64
@@ -42,7 +44,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         *(Real, Real, Size, Pointer, Pointer),
     ),
 }
-COUNTS: dict[str, tuple[type, ...]] = {"chiron_max_run": (Size,), "chiron_max_head": ()}
+COUNTS: dict[str, tuple[type, ...]] = {"chiron_max_run": (Size,)}
 
 
 class KernelsUnavailable(RuntimeError):
@@ -58,14 +60,15 @@ def has_vnni() -> bool:
 def open_library(cache: Path) -> ctypes.CDLL:
     """The kernels, compiled into folder `cache` at first use. Raises KernelsUnavailable."""
     _check_machine()
-    compiler = _compiler()
-    built = cache / f"chiron-cpu-{_fingerprint(compiler)}.so"
-    if not built.exists():
-        _compile(compiler, built)
-    try:
-        library = ctypes.CDLL(str(built))
-    except OSError as error:
-        raise KernelsUnavailable(f"cannot load {built}: {error}") from error
+    built = cache / f"chiron-cpu-{_fingerprint()}.so"
+    library = _load(built) if built.exists() else None
+    if library is None:  # not there, or damaged
+        _compile(_compiler(), built)
+        library = _load(built)
+    if library is None:
+        raise KernelsUnavailable(
+            f"cannot load {built}, which was just compiled: is CC or gcc a GNU compiler?"
+        )
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
@@ -92,10 +95,20 @@ def _compiler() -> str:
     raise KernelsUnavailable("there is no C compiler (gcc) on the PATH")
 
 
-def _fingerprint(compiler: str) -> str:
-    """Of everything the library is made from."""
-    state = os.stat(compiler)
-    digest = hashlib.sha256(f"{FLAGS} {compiler} {state.st_size} {state.st_mtime_ns}".encode())
+def _load(built: Path) -> ctypes.CDLL | None:
+    """None for a library that is not as it was written: to load half of one may end the process."""
+    content = built.read_bytes()
+    if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
+        return None
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError:
+        return None
+
+
+def _fingerprint() -> str:
+    """Of what the library is made from."""
+    digest = hashlib.sha256(f"{FLAGS} {platform.machine()}".encode())
     for file in sorted(SOURCE.iterdir()):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
@@ -110,6 +123,8 @@ def _compile(compiler: str, built: Path) -> None:
             # Without -fopenmp here: that would load a second OpenMP beside torch's.
             linked = Path(folder) / built.name
             _run([compiler, "-shared", *map(str, objects), "-lm", "-o", str(linked)])
+            content = linked.read_bytes()
+            linked.write_bytes(content + hashlib.sha256(content).digest())
             linked.replace(built)
     except OSError as error:
         raise KernelsUnavailable(f"cannot write {built}: {error}") from error

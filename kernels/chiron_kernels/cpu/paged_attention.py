@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 import torch
 
+LARGEST_HEAD = 256
 STORAGE = {torch.float32: 0, torch.bfloat16: 1}
 
 # Rows of a run table: first row, rows, position of the first row, address of the block table.
@@ -14,9 +15,9 @@ RUN_FIELDS = 4
 RunTable = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 
-def can_attend(library: ctypes.CDLL, head_dim: int, dtype: torch.dtype) -> bool:
+def can_attend(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the kernel takes heads of this size in a pool of this type."""
-    fits = 0 < head_dim <= library.chiron_max_head()
+    fits = 0 < head_dim <= LARGEST_HEAD
     return fits and dtype in STORAGE and (dtype == torch.float32 or head_dim % 2 == 0)
 
 
@@ -70,7 +71,7 @@ def paged_attention(
     all rows. Options as `masked_attention` of the torch reference has them.
     """
     rows, query_heads, head_dim = q.shape
-    out = torch.empty(rows, query_heads, head_dim)
+    out = torch.empty(rows, query_heads, head_dim, dtype=torch.float32, device="cpu")
     library.chiron_paged_attention(
         q.data_ptr(),
         q.stride(0),

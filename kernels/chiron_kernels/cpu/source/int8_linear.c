@@ -38,7 +38,8 @@ static void quantise_row(const float *x, int64_t groups, int8_t *values, float *
     const int32_t bits = _mm512_reduce_max_epi32(largest);
     float top;
     __builtin_memcpy(&top, &bits, sizeof top);
-    __m512 steps = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
+    /* What is so small that its scale overflows counts as 0. */
+    __m512 steps = _mm512_set1_ps(top >= 0x1p-118f ? 127.0f / top : 0.0f);
     __m512i sum = _mm512_setzero_si512();
     for (int i = 0; i < GROUP / LANES; i++) {
       __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(part[i], steps));

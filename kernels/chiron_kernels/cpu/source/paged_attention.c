@@ -1,6 +1,6 @@
 /* Attention over paged KV, read in place: nothing is gathered.
 
-   A run is up to MAX_RUN rows of one request, neighbours in the batch and in the sequence: a decode is
+   A run is up to chiron_max_run rows of one request, neighbours in the batch and in the sequence: a decode is
    a run of one. The queries of a run that share a key head go through the keys together, 64 keys at a
    time, with an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). Key tiles begin at
    multiples of 64 of the position, and a key a row may not see weighs exactly 0, so that the result
@@ -13,7 +13,7 @@
 
 #define KEYS 64
 #define MAX_QUERIES 24
-#define MAX_HEAD 256
+#define MAX_HEAD 256 /* LARGEST_HEAD of paged_attention.py */
 #define TILE_QUERIES 6
 #define MAX_STATE (64 * MAX_HEAD)
 
@@ -32,6 +32,8 @@ typedef struct {
   int64_t row, count, position;
   const int64_t *table;
 } Run;
+
+_Static_assert(sizeof(Run) == 4 * sizeof(int64_t), "runs come as rows of four 64-bit numbers");
 
 typedef struct {
   float scale, softcap; /* softcap 0: none */
@@ -223,7 +225,8 @@ static void weigh(Scratch *s, float *scores, int64_t query, int64_t first, int64
     if (options->softcap > 0) {
       /* tanh(y) = 1 - 2 / (exp(2 y) + 1); beyond 20 it is 1 to float precision. */
       __m512 y = _mm512_div_ps(x, _mm512_set1_ps(options->softcap));
-      y = _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(-20.0f)), _mm512_set1_ps(20.0f));
+      /* In this order the bounds let NaN through. */
+      y = _mm512_min_ps(_mm512_set1_ps(20.0f), _mm512_max_ps(_mm512_set1_ps(-20.0f), y));
       __m512 e = _mm512_add_ps(exponential(_mm512_add_ps(y, y)), _mm512_set1_ps(1.0f));
       __m512 tanh = _mm512_sub_ps(_mm512_set1_ps(1.0f), _mm512_div_ps(_mm512_set1_ps(2.0f), e));
       x = _mm512_mul_ps(tanh, _mm512_set1_ps(options->softcap));
@@ -235,7 +238,10 @@ static void weigh(Scratch *s, float *scores, int64_t query, int64_t first, int64
   }
   const float before = s->largest[query], top = fmaxf(before, _mm512_reduce_max_ps(largest));
   if (top == -INFINITY) {
-    for (int v = 0; v < vectors; v++) _mm512_store_ps(scores + v * LANES, _mm512_setzero_ps());
+    for (int v = 0; v < vectors; v++) { /* no score, or none but NaN */
+      __mmask16 some = _mm512_cmp_ps_mask(part[v], hidden, _CMP_NEQ_UQ);
+      _mm512_store_ps(scores + v * LANES, _mm512_maskz_mov_ps(some, part[v]));
+    }
     return;
   }
   __m512 total = _mm512_setzero_ps();
@@ -309,7 +315,7 @@ static void look_ahead(Ahead *ahead, const Pool *pool, const Task *task, int64_t
   find_tokens(pool, task->run->table, first, ahead->count, ahead->tokens);
 }
 
-/* `next` is the task that this thread takes up after this one, or NULL. */
+/* `next` is the task that this thread may take up after this one, or NULL. */
 static void attend(Scratch *s, const Pool *pool, const Task *task, const Task *next, const Options *options,
                    const float *q, int64_t q_stride, float *out, int64_t out_stride, Ahead *ahead) {
   const Run *run = task->run;
@@ -363,6 +369,14 @@ static int task_of(const Split *split, int64_t number, Task *task) {
   return part == 0;
 }
 
+/* The first task from `number` on; its number, or -1 where there is none left. */
+static int64_t find_task(const Split *split, int64_t number, Task *task) {
+  const int64_t tasks = split->run_count * split->kv_heads * split->parts;
+  for (; number < tasks; number++)
+    if (task_of(split, number, task)) return number;
+  return -1;
+}
+
 /* Takes the next task off the common counter; 0 where there is none left. */
 static int take(const Split *split, int64_t *counter, Task *task) {
   const int64_t tasks = split->run_count * split->kv_heads * split->parts;
@@ -398,19 +412,14 @@ void chiron_paged_attention(const float *q, int64_t q_stride, const float *k, in
       store_heads(&pool, write_blocks[row], write_offsets[row], 0, k + row * k_stride);
       store_heads(&pool, write_blocks[row], write_offsets[row], 1, v + row * v_stride);
     }
-    Task tasks[2];
-    int turn = 0, more = take(&split, &counter, &tasks[0]);
-    while (more) {
-      more = take(&split, &counter, &tasks[!turn]);
-      attend(&scratch, &pool, &tasks[turn], more ? &tasks[!turn] : 0, &options, q, q_stride, out, query_heads * head,
-             &ahead);
-      turn = !turn;
+    Task task, guess;
+    while (take(&split, &counter, &task)) {
+      /* Another thread may take that one first: what is fetched ahead is then fetched for nothing. */
+      const int64_t next = find_task(&split, __atomic_load_n(&counter, __ATOMIC_RELAXED), &guess);
+      attend(&scratch, &pool, &task, next < 0 ? 0 : &guess, &options, q, q_stride, out, query_heads * head, &ahead);
     }
   }
 }
 
 /* The longest run for `group` query heads per key head. */
 int64_t chiron_max_run(int64_t group) { return group >= MAX_QUERIES ? 1 : MAX_QUERIES / group; }
-
-/* The largest head. */
-int64_t chiron_max_head(void) { return MAX_HEAD; }

@@ -34,7 +34,7 @@ INLINE __m512 exponential(__m512 x) {
   return _mm512_mask_mov_ps(_mm512_setzero_ps(), _mm512_cmp_ps_mask(x, lowest, _CMP_NEQ_UQ), y);
 }
 
-/* x / (1 + exp(-x)). Of an x below -88 the exponential would overflow; silu is 0 there to float precision. */
+/* x / (1 + exp(-x)). Of an x below -88 the exponential would overflow: there it is x / exp(88). */
 INLINE __m512 silu(__m512 x) {
   __m512 below = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(below)));
