@@ -303,6 +303,8 @@ def described(request: Request) -> dict[str, Any]:
         # It takes no prefix from the cache, and its prompt is computed in smaller chunks.
         **({} if (asked := request.sampling.prompt_logprobs) is None else {"prompt_logprobs": asked}),
     }
+    if request.num_prior_outputs:
+        line["prior"] = request.num_prior_outputs  # not of the prompt that is scored
     if not may_draft(request):
         line["drafts"] = False
     return line

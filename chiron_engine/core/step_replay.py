@@ -178,6 +178,7 @@ class StepReplay:
             arrival=line["arrival"],
             cache_salt=bytes.fromhex(line["salt"]),
             num_preempted=line["preempted"],
+            num_prior_outputs=line.get("prior", 0),
         )
         return self._queue(request, line)
 

@@ -133,6 +133,7 @@ def act(recording: Recording, action: str, choice: int) -> None:
         )
         if choice % 5 == 0:
             request.sampling = SamplingParams(prompt_logprobs=choice % 3)
+            request.num_prior_outputs = choice % len(prompt)
         with suppress(QueueFull, InvalidRequest):
             core.add(request)
     elif action == "steps":
