@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,15 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from chiron_engine.model.attention import TorchAttention
+from chiron_engine.model.compiled_attention import CompiledAttention
 from scripts.family_sweep import check, isolation
 from scripts.family_sweep.check import FAILED, PASSED, REFUSED, Outcome, check_type
 from scripts.family_sweep.isolation import check_apart
 from scripts.family_sweep.report import as_markdown, counts
+
+Attend = Callable[..., torch.Tensor]
+# Which of them serves is the machine's matter.
+BACKENDS: tuple[Any, ...] = (TorchAttention, CompiledAttention)
 
 # By model type: what is special about it, its result, and a part of the reason.
 SAMPLE: dict[str, tuple[str, str, str]] = {
@@ -57,15 +62,18 @@ def test_outcome(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2"])
 def test_wrong_tokens_fail(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here a backend that forgets windows, with nothing before it that would notice."""
-    attend = TorchAttention.attend
+    """Here backends that forget windows, with nothing before them that would notice."""
 
-    def forgetful(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
-        # The native decoder gives everything by position: layer to scale, then the window.
-        named |= {"window": None}
-        return attend(self, *arguments[:7], **named)
+    def forgetting(attend: Attend) -> Attend:
+        def forgetful(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+            # The native decoder gives everything by position: layer to scale, then the window.
+            named |= {"window": None}
+            return attend(self, *arguments[:7], **named)
 
-    monkeypatch.setattr(TorchAttention, "attend", forgetful)
+        return forgetful
+
+    for backend in BACKENDS:
+        monkeypatch.setattr(backend, "attend", forgetting(backend.attend))
     monkeypatch.setattr(check, "check_supported", lambda config: None)
     monkeypatch.setattr("chiron_engine.model.self_check.check_architecture", lambda config: None)
     outcome = check_type(kind, "")
@@ -74,12 +82,14 @@ def test_wrong_tokens_fail(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_differs_is_refused_by_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = TorchAttention.attend
+    def uncapping(attend: Attend) -> Attend:
+        def uncapped(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+            return attend(self, *arguments, **(named | {"softcap": None}))
 
-    def uncapped(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
-        return attend(self, *arguments, **(named | {"softcap": None}))
+        return uncapped
 
-    monkeypatch.setattr(TorchAttention, "attend", uncapped)
+    for backend in BACKENDS:
+        monkeypatch.setattr(backend, "attend", uncapping(backend.attend))
     outcome = check_type("gemma2", "")
     assert outcome.result == REFUSED
     assert "differs from its own eager attention" in outcome.reason
