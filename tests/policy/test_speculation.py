@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -86,6 +87,24 @@ def test_room_bounds_the_rows() -> None:
     chosen = choose(warmed(CHEAP, 4), requests, room=10)
     assert sum(len(guesses.tokens) for guesses in chosen) == 10
     assert choose(warmed(CHEAP, 4), requests, room=0) == []
+
+
+@pytest.mark.parametrize(("requests", "looks"), [(1, 20), (3, 20), (4, 10), (32, 3)])
+def test_a_large_batch_in_which_nothing_was_found_is_looked_at_less_often(requests: int, looks: int) -> None:
+    speculation = warmed(CHEAP, requests)
+    batch = [Request(number, list(range(20)), GREEDY, 5000) for number in range(requests)]
+    looked = 0
+
+    def seen() -> Iterator[Request]:
+        nonlocal looked
+        looked += 1
+        yield from batch
+
+    for step in range(20):
+        for request in batch:
+            request.output_ids.append(1000 + step)
+        assert speculation.choose(seen(), load(requests), 500) == []
+    assert looked == looks
 
 
 def test_the_last_token_asked_for_is_not_guessed() -> None:

@@ -33,6 +33,8 @@ MOST_PROBE_STEPS = 1024
 """Steps declined between probes, at first and at most."""
 DRAFTED_STEPS = 32
 """Steps with guesses in a row: what steps without take is to stay known."""
+REQUESTS_PER_REST = 4
+"""Of those that decode, for one step without looking after one that found nothing."""
 MOST_BIAS = 0.2
 """Relative error that the model may have on average, of steps that only decode."""
 FIRST_BIAS = 0.5
@@ -112,6 +114,7 @@ class Speculation:
         self._probe_steps = PROBE_STEPS
         self._declined = 0
         self._drafted_steps = 0
+        self._rest = 0
         self._bias = FIRST_BIAS
 
     def on_step(self, stats: StepStats) -> None:
@@ -137,7 +140,19 @@ class Speculation:
         self._followed.pop(request, None)
 
     def choose(self, requests: Iterable[Request], load: StepLoad, room: int) -> list[Guesses]:
-        """For a step in which these requests decode, all their tokens known. room: rows at most."""
+        """For a step in which these requests decode, all their tokens known. room: rows at most.
+
+        Looking costs time for each request: where it brought nothing, the next steps of a large batch go
+        without; what came meanwhile is caught up with."""
+        if self._rest > 0:
+            self._rest -= 1
+            return []
+        chosen = self._choose(requests, load, room)
+        if not chosen:
+            self._rest = load.requests // REQUESTS_PER_REST
+        return chosen
+
+    def _choose(self, requests: Iterable[Request], load: StepLoad, room: int) -> list[Guesses]:
         offers = [guesses for request in requests if (guesses := self._offer(request)) is not None]
         if not offers or room <= 0 or not self._knows_plain(load):
             self._drafted_steps = 0
