@@ -244,6 +244,18 @@ def test_a_line_that_is_no_request_is_named(line: str, words: str) -> None:
     assert words in str(error.value)
 
 
+def test_a_guide_nested_at_any_depth_is_taken_or_named() -> None:
+    """C code reads a little deeper than it writes."""
+    refused = set()
+    for depth in range(800, 1010):
+        nested = '{"not":' * depth + "{}" + "}" * depth
+        try:
+            list(read_lines([f'{{"custom_id": "a", "prompt": "a", "json_schema": {nested}}}']))
+        except BatchFileError as error:
+            refused.add(str(error).partition("maximum")[0])
+    assert "line 1: is nested too deeply" in refused
+
+
 def test_what_cannot_be_done_has_its_exit_code(address: str, tmp_path: Path) -> None:
     late = json.dumps({"custom_id": "a", "token_ids": [1], "max_tokens": 4, "deadline_s": -1})
     twice = json.dumps({"custom_id": "a", "token_ids": [1], "max_tokens": 4}) + "\n"

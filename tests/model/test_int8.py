@@ -22,7 +22,14 @@ CPU = torch.device("cpu")
 Save = Callable[[Any], tuple[Any, Path]]
 CLASSES = ("LlamaConfig", "Qwen2Config", "Qwen3Config", "MistralConfig")
 
-pytestmark = pytest.mark.skipif(why_not_int8(CPU) is not None, reason=str(why_not_int8(CPU)))
+
+@pytest.fixture
+def int8_runs() -> None:
+    if (reason := why_not_int8(CPU)) is not None:
+        pytest.skip(reason)
+
+
+needs_int8 = pytest.mark.usefixtures("int8_runs")
 
 
 def tiny(config: str = "LlamaConfig") -> Any:
@@ -32,6 +39,7 @@ def tiny(config: str = "LlamaConfig") -> Any:
     return getattr(transformers, config)(**TINY)
 
 
+@needs_int8
 @pytest.mark.parametrize("config", CLASSES)
 def test_logits_are_close_to_float32(save_tiny: Save, config: str) -> None:
     _, path = save_tiny(tiny(config))
@@ -42,6 +50,7 @@ def test_logits_are_close_to_float32(save_tiny: Save, config: str) -> None:
     assert 0 < relative_error(rounded, exact) < 0.2
 
 
+@needs_int8
 def test_logits_do_not_depend_on_how_rows_are_batched(save_tiny: Save) -> None:
     _, path = save_tiny(tiny())
     model, prompts = load_model(path, precision=INT8, device=CPU), random_prompts(96)
@@ -49,6 +58,7 @@ def test_logits_do_not_depend_on_how_rows_are_batched(save_tiny: Save) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@needs_int8
 def test_smollm2_says_what_float32_says_where_the_choice_is_clear(smollm2: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -84,6 +94,7 @@ def test_a_cache_that_cannot_be_looked_into_is_no_failure(monkeypatch: pytest.Mo
     assert "no such home" in str(cpu_kernels.open_kernels.__wrapped__())
 
 
+@needs_int8
 def test_a_broken_weight_is_refused_by_name(save_tiny: Save) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -107,6 +107,10 @@ def test_a_large_batch_in_which_nothing_was_found_is_looked_at_less_often(reques
     assert looked == looks
 
 
+def test_without_a_known_token_nothing_is_guessed() -> None:
+    assert choose(warmed(CHEAP, 1), [repeating(0, outputs=0)]) == []
+
+
 def test_the_last_token_asked_for_is_not_guessed() -> None:
     request = repeating(0)
     for left, most in ((1, 0), (2, 1), (4, 3)):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from chiron_engine.config import GIB, EngineConfig
+from chiron_engine.runtime import host_memory
 from chiron_engine.runtime.errors import OutOfMemory
-from chiron_engine.runtime.host_memory import available_bytes
+from chiron_engine.runtime.host_memory import (
+    KEPT_ALLOCATION,
+    M_MMAP_THRESHOLD,
+    available_bytes,
+    keep_freed_memory,
+)
 from chiron_engine.runtime.kv_sizing import check_config, default_cpu_pool, size_kv
 
 CONFIG = EngineConfig("m", block_size=16, swap_space=10_000, max_num_seqs=4)
@@ -89,3 +96,21 @@ def test_a_system_that_does_not_say_is_an_error(tmp_path: Path) -> None:
 
 def test_this_machine_has_memory() -> None:
     assert available_bytes() > 1 << 20
+
+
+def test_freed_memory_is_kept_unless_the_user_chose_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Libc:
+        def mallopt(self, parameter: int, value: int) -> None:
+            asked.append((parameter, value))
+
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: Libc())
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "4096")
+    keep_freed_memory()
+    assert asked == []
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    keep_freed_memory()
+    assert (M_MMAP_THRESHOLD, KEPT_ALLOCATION) in asked

@@ -21,8 +21,10 @@ import torch
 SOURCE = Path(__file__).resolve().parent / "source"
 # What the kernels use, no more: the library then runs on every CPU that has these.
 FEATURES = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
-TARGET = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma")
+TARGET = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 FLAGS = ("-std=c11", "-O3", "-fopenmp", "-fPIC", *TARGET)
+# What one file needs beside; its kernels are called only where `has_vnni`.
+MORE_FLAGS = {"int8_linear.c": ("-mavx512vnni",)}
 COMPILE_TIMEOUT_S = 120
 # At the end of the library, of all before it; the loader does not look there.
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -108,7 +110,7 @@ def _load(built: Path) -> ctypes.CDLL | None:
 
 def _fingerprint() -> str:
     """Of what the library is made from."""
-    digest = hashlib.sha256(f"{FLAGS} {platform.machine()}".encode())
+    digest = hashlib.sha256(f"{FLAGS} {MORE_FLAGS} {platform.machine()}".encode())
     for file in sorted(SOURCE.iterdir()):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
@@ -132,7 +134,7 @@ def _compile(compiler: str, built: Path) -> None:
 
 def _compile_file(compiler: str, file: Path, folder: Path) -> Path:
     out = folder / f"{file.stem}.o"
-    _run([compiler, *FLAGS, "-c", str(file), "-o", str(out)])
+    _run([compiler, *FLAGS, *MORE_FLAGS.get(file.name, ()), "-c", str(file), "-o", str(out)])
     return out
 
 
