@@ -7,58 +7,63 @@ import math
 
 import pytest
 import torch
-from chiron_kernels.cpu.int8_linear import COLUMNS, GROUP, int8_linear, pack_int8
+from chiron_kernels.cpu.int8_linear import COLUMNS, GROUP, TURNED, int8_linear, pack_int8
 from torch.nn.functional import pad, silu
 
 LARGEST = 127
 
 
+def hadamard(size: int) -> torch.Tensor:
+    """Entries of 1 and -1, rows orthogonal; the sign is the parity of the bits that both numbers have."""
+    if size == 1:
+        return torch.ones(1, 1)
+    half = hadamard(size // 2)
+    return torch.cat((torch.cat((half, half), 1), torch.cat((half, -half), 1)))
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """[N, K], K filled up to a multiple of 64, times a Hadamard matrix for each 64."""
+    x = pad(x, (0, -x.shape[1] % TURNED))
+    return (x.unflatten(1, (-1, TURNED)).double() @ hadamard(TURNED).double()).flatten(1)
+
+
+def in_steps(x: torch.Tensor) -> torch.Tensor:
+    """Values [N, any] rounded to a 127th of the row's largest."""
+    step = x.abs().amax(dim=-1, keepdim=True) / LARGEST
+    return torch.round(x / step.where(step > 0, 1.0)) * step
+
+
 def by_hand(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of both sides rounded in groups, float64."""
-    x, weight = (pad(side, (0, -x.shape[1] % GROUP)) for side in (x, weight))
-    values, scales = round_weight(weight)
-    rounded = (values.unflatten(1, (-1, GROUP)).double() * scales[..., None].double()).flatten(1)
-    groups = x.unflatten(1, (-1, GROUP))
-    step = groups.abs().amax(dim=-1, keepdim=True) / LARGEST
-    out = (torch.round(groups / step.where(step > 0, 1.0)).double() * step.double()).flatten(1) @ rounded.T
+    """The product of both sides turned and rounded, float64."""
+    activations = torch.cat([in_steps(part) for part in turned(x).split(GROUP, dim=1)], dim=1)
+    out = activations @ in_steps(turned(weight)).T / TURNED
     return out if bias is None else out + bias.double()
 
 
-def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [N, K], K a multiple of 32, as whole numbers in [-127, 127] (float [N, K]) and scales
-    bfloat16 [N, K / 32]."""
-    groups = weight.unflatten(1, (-1, GROUP))
-    # Rounded up, so that the largest still fits: the next bfloat16 is larger by 2^-7 at most.
-    scales = (groups.abs().amax(dim=-1) / LARGEST * (1 + 2**-7)).bfloat16()
-    steps = torch.where(scales >= torch.finfo(torch.bfloat16).smallest_normal, 1 / scales.float(), 0.0)
-    return torch.round(groups * steps[..., None]).clamp_(-LARGEST, LARGEST).flatten(1), scales
+def test_turning_both_sides_leaves_the_product_as_it_is() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 192).double(), torch.randn(5, 192).double()
+    assert torch.allclose(turned(x) @ turned(weight).T / TURNED, x @ weight.T)
 
 
 @pytest.mark.parametrize("shape", [(64, 320), (70, 100)], ids=str)
 def test_weights_are_rounded_and_laid_out(vnni_library: ctypes.CDLL, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(shape) * torch.logspace(-37, 37, shape[0])[:, None]
+    weight = torch.randn(shape) * torch.logspace(-30, 30, shape[0])[:, None]
     weight[3] = 0.0
     packed = pack_int8(vnni_library, weight)
-    values, scales = round_weight(pad(weight, (0, -shape[1] % GROUP, 0, -shape[0] % COLUMNS)))
-    blocks = values.shape[0] // COLUMNS
-    laid_out = values.view(blocks, COLUMNS, -1, 4).transpose(1, 2) + 128
-    assert torch.equal(packed.values, laid_out.to(torch.uint8))
-    assert torch.equal(packed.scales, scales.view(blocks, COLUMNS, -1).transpose(1, 2))
-
-
-def test_a_rounded_weight_is_close_and_fits() -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(64, 320) * torch.logspace(-20, 20, 64)[:, None]
-    values, scales = round_weight(weight)
-    assert LARGEST - 2 <= values.abs().max() <= LARGEST and torch.equal(values, values.round())
-    back = (values.unflatten(1, (-1, GROUP)) * scales[..., None].float()).flatten(1)
-    assert ((back - weight).abs() <= 0.51 * scales.float().repeat_interleave(GROUP, dim=1)).all()
+    wanted = pad(turned(weight), (0, 0, 0, -shape[0] % COLUMNS))
+    scales = wanted.abs().amax(dim=1) / LARGEST
+    assert torch.allclose(packed.scales.double(), scales / TURNED, rtol=1e-6, atol=0)
+    in_order = packed.values.transpose(1, 2).reshape(wanted.shape).double() - 128
+    assert in_order.abs().amax(dim=1).eq(scales.sign() * LARGEST).all()
+    # A value just between two steps may be rounded either way.
+    assert (in_order * scales[:, None] - wanted).abs().le(0.50001 * scales[:, None]).all()
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(576, 960), (64, 32), (100, 70), (1536, 576)], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 64])
+@pytest.mark.parametrize("shape", [(576, 960), (64, 32), (100, 70), (1536, 576), (448, 33)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 64])
 def test_equals_the_rounded_product(
     vnni_library: ctypes.CDLL, rows: int, shape: tuple[int, int], bias: bool
 ) -> None:
@@ -71,7 +76,7 @@ def test_equals_the_rounded_product(
     wanted = by_hand(x, weight, added)
     # A value just between two steps may be rounded either way: a half of a step of one input.
     assert (out - wanted).abs().max() < 2e-3 * wanted.abs().max()
-    assert (out - wanted).norm() < 1e-4 * wanted.norm()
+    assert (out - wanted).norm() < 5e-4 * wanted.norm()
 
 
 @pytest.mark.parametrize("middle", [1536, 70, 16])
@@ -105,12 +110,24 @@ def test_a_row_gets_the_same_bits_whatever_stands_beside_it(vnni_library: ctypes
 
 def test_one_large_input_spoils_its_group_only(vnni_library: ctypes.CDLL) -> None:
     torch.manual_seed(0)
-    weight, x = torch.randn(32, 128), torch.randn(1, 128)
+    weight, x = torch.randn(32, 2 * GROUP), torch.randn(1, 2 * GROUP)
     x[0, 5] = 1e4
     weight[:, :GROUP] = 0.0
     out = int8_linear(vnni_library, x, pack_int8(vnni_library, weight))
     wanted = x[:, GROUP:] @ weight[:, GROUP:].T
     assert (out - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_a_large_input_is_spread_over_its_neighbours(vnni_library: ctypes.CDLL) -> None:
+    """Rounded as it is, in the same groups, it takes three times as much precision from the others."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(256, GROUP), torch.randn(64, GROUP)
+    x[:, 5] = 40.0
+    weight[:, 5] = 0.0
+    wanted = x @ weight.T
+    out = int8_linear(vnni_library, x, pack_int8(vnni_library, weight))
+    as_it_is = in_steps(x) @ in_steps(weight).T
+    assert (out - wanted).norm() < 0.33 * (as_it_is - wanted).norm()
 
 
 def test_zeros_and_no_rows(vnni_library: ctypes.CDLL) -> None:

@@ -1,6 +1,7 @@
 """Linear layers with 8-bit weights and activations on the CPU: source/int8_linear.c.
 
-Weights and activations are rounded in groups of 32 along the input axis, each with its own scale.
+The input axis is turned by a Hadamard matrix, 64 inputs at a time; then a row of weights is rounded with one
+scale, a row of activations with one for every 192 inputs.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-GROUP = 32
+TURNED = 64
+GROUP = 192
 COLUMNS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int8Weight:
-    """A weight [outputs, inputs] as the kernel reads it, both filled up with 0 to multiples of 32.
+    """A weight [outputs, inputs] as the kernel reads it, filled up with 0 to multiples of 32 and 64.
 
-    values: uint8 [outputs / 32, inputs / 4, 32, 4], the rounded weight plus 128.
-    scales: bfloat16 [outputs / 32, inputs / 32, 32].
+    values: uint8 [outputs / 32, inputs / 4, 32, 4], the turned and rounded weight plus 128.
+    scales: float32 [outputs].
     bias: float32 [outputs], filled up, or None.
     gated: by turns 16 gates and the 16 outputs they let through.
     """
@@ -43,15 +45,13 @@ def pack_int8(
         weight = _interleaved(weight)
         bias = None if bias is None else _interleaved(bias)
     outputs, inputs = weight.shape
-    if inputs % GROUP or outputs % COLUMNS:
-        weight = pad(weight, (0, -inputs % GROUP, 0, -outputs % COLUMNS))
+    if inputs % TURNED or outputs % COLUMNS:
+        weight = pad(weight, (0, -inputs % TURNED, 0, -outputs % COLUMNS))
     weight = weight.float().contiguous()
-    blocks, groups = weight.shape[0] // COLUMNS, weight.shape[1] // GROUP
-    values = torch.empty(blocks, weight.shape[1] // 4, COLUMNS, 4, dtype=torch.uint8, device="cpu")
-    scales = torch.empty(blocks, groups, COLUMNS, dtype=torch.bfloat16, device="cpu")
-    library.chiron_pack_int8(
-        weight.data_ptr(), weight.shape[1], weight.shape[0], values.data_ptr(), scales.data_ptr()
-    )
+    rows, columns = weight.shape
+    values = torch.empty(rows // COLUMNS, columns // 4, COLUMNS, 4, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(rows, dtype=torch.float32, device="cpu")
+    library.chiron_pack_int8(weight.data_ptr(), columns, rows, values.data_ptr(), scales.data_ptr())
     if not bool(scales.isfinite().all()):
         raise ValueError(f"a weight of shape [{outputs}, {inputs}] holds values that are not finite")
     if bias is not None:
@@ -70,15 +70,16 @@ def _interleaved(halves: torch.Tensor) -> torch.Tensor:
 def int8_linear(library: ctypes.CDLL, x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
     """x W^T + bias, float32 [T, outputs], or of a gated weight silu(gate) * up; for contiguous float32
     x [T, inputs]."""
-    if x.shape[1] % GROUP:
-        x = pad(x, (0, -x.shape[1] % GROUP))
+    if x.shape[1] % TURNED:
+        x = pad(x, (0, -x.shape[1] % TURNED))
     rows, inputs = x.shape
+    groups = -(-inputs // GROUP)
     padded = weight.values.shape[0] * COLUMNS
     columns = padded // 2 if weight.gated else padded
     out = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
     values = torch.empty(rows, inputs, dtype=torch.int8, device="cpu")
-    scales = torch.empty(rows, inputs // GROUP, dtype=torch.float32, device="cpu")
-    offsets = torch.empty(rows, inputs // GROUP, dtype=torch.int32, device="cpu")
+    scales = torch.empty(rows, groups, dtype=torch.float32, device="cpu")
+    offsets = torch.empty(rows, groups, dtype=torch.int32, device="cpu")
     library.chiron_int8_linear(
         x.data_ptr(),
         rows,
