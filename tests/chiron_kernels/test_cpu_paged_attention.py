@@ -124,13 +124,14 @@ def test_equals_the_reference(
         assert torch.equal(stored[:, 0], sequence.keys) and torch.equal(stored[:, 1], sequence.values)
 
 
-@pytest.mark.parametrize("heads", [(9, 3, 64), (16, 2, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(9, 3, 64), (4, 2, 80), (5, 1, 36), (16, 2, 128)], ids=str)
 def test_a_row_gets_the_same_bits_alone_and_however_its_prompt_is_cut(
-    library: ctypes.CDLL, heads: tuple[int, int, int]
+    library: ctypes.CDLL, heads: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(1)
     query_heads, kv_heads, head = heads
-    pool = Pool(kv_heads, head, torch.bfloat16)
+    pool = Pool(kv_heads, head, dtype, blocks=400)
     whole = pool.add(0, 150, query_heads)
     others = [pool.add(length, 1, query_heads) for length in range(5, 120, 4)]
     together = attend(library, pool, [*others, whole], 0.125)

@@ -15,6 +15,7 @@
 #define MAX_QUERIES 24
 #define MAX_HEAD 256 /* LARGEST_HEAD of paged_attention.py */
 #define TILE_QUERIES 6
+#define SUMMED 32 /* elements of a head that are summed one after another; such sums are then added up */
 #define MAX_STATE (64 * MAX_HEAD)
 
 typedef enum { FLOAT32 = 0, BFLOAT16 = 1 } Storage;
@@ -85,26 +86,42 @@ static void store_heads(const Pool *pool, int64_t block, int64_t offset, int64_t
   }
 }
 
+/* How many elements there are in 32 bits. */
+INLINE int64_t per_word(Storage storage) { return storage == BFLOAT16 ? 2 : 1; }
+
+/* Words `word` .. word + 15 of one head's keys of 16 tokens, which begin `at` bytes into each, to a row of 16
+   keys for each word; 0 past `count` tokens and past the head's `words`. */
+INLINE void load_words(const char *const *tokens, int64_t at, int64_t count, int64_t word, int64_t words,
+                       __m512i part[LANES]) {
+  const __mmask16 lanes = first_lanes(words - word);
+  if (count >= LANES && lanes == 0xffff) {
+    for (int i = 0; i < LANES; i++) part[i] = _mm512_loadu_si512(tokens[i] + at + word * 4);
+  } else {
+    for (int i = 0; i < LANES; i++)
+      part[i] = i < count ? _mm512_maskz_loadu_epi32(lanes, tokens[i] + at + word * 4) : _mm512_setzero_si512();
+  }
+  transpose_16x16(part);
+}
+
+/* The first and the second element of words of bfloat16. */
+INLINE __m512 first_of(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+INLINE __m512 second_of(__m512i words) {
+  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
+}
+
 /* Keys of 16 tokens, `at` bytes into each, to columns of out [head, KEYS]; those past `count` become 0. */
 INLINE void load_keys_16(const char *const *tokens, int64_t at, int64_t count, int64_t head, Storage storage,
                          float *out) {
-  const int64_t per_word = storage == BFLOAT16 ? 2 : 1, words = head / per_word;
+  const int64_t words = head / per_word(storage);
   for (int64_t word = 0; word < words; word += LANES) {
-    const __mmask16 lanes = first_lanes(words - word);
     __m512i part[LANES];
-    if (count >= LANES && lanes == 0xffff) {
-      for (int i = 0; i < LANES; i++) part[i] = _mm512_loadu_si512(tokens[i] + at + word * 4);
-    } else {
-      for (int i = 0; i < LANES; i++)
-        part[i] = i < count ? _mm512_maskz_loadu_epi32(lanes, tokens[i] + at + word * 4) : _mm512_setzero_si512();
-    }
-    transpose_16x16(part);
+    load_words(tokens, at, count, word, words, part);
     /* Words past the head are 0, and land in rows of `out` that nothing reads. */
     for (int i = 0; i < LANES; i++) {
-      float *to = out + (word + i) * per_word * KEYS;
+      float *to = out + (word + i) * per_word(storage) * KEYS;
       if (storage == BFLOAT16) {
-        _mm512_store_si512(to, _mm512_slli_epi32(part[i], 16));
-        _mm512_store_si512(to + KEYS, _mm512_and_si512(part[i], _mm512_set1_epi32((int)0xffff0000)));
+        _mm512_store_ps(to, first_of(part[i]));
+        _mm512_store_ps(to + KEYS, second_of(part[i]));
       } else {
         _mm512_store_si512(to, part[i]);
       }
@@ -112,32 +129,36 @@ INLINE void load_keys_16(const char *const *tokens, int64_t at, int64_t count, i
   }
 }
 
-/* One value to floats, its end filled with 0 up to a multiple of 16. */
-INLINE void load_value(const char *from, int64_t head, Storage storage, float *out) {
-  for (int64_t i = 0; i < head; i += LANES) {
-    const __mmask16 lanes = first_lanes(head - i);
-    if (storage == BFLOAT16) {
-      __m256i half = _mm256_maskz_loadu_epi16(lanes, from + i * 2);
-      _mm512_store_si512(out + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    } else {
-      _mm512_store_ps(out + i, _mm512_maskz_loadu_ps(lanes, from + i * 4));
-    }
-  }
+/* 16 elements as floats; 0 where `lanes` is. */
+INLINE __m512 load_floats(const char *from, __mmask16 lanes, Storage storage) {
+  if (storage == FLOAT32) return _mm512_maskz_loadu_ps(lanes, from);
+  return first_of(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)));
 }
 
-INLINE void load_tile(float *keys, float *values, const char *const *tokens, int64_t count, const Pool *pool,
-                      Storage storage, int64_t kv_head, int64_t padded) {
-  const int64_t bytes = pool->head * element_bytes(pool);
-  const int64_t key_at = kv_head * bytes, value_at = (pool->kv_heads + kv_head) * bytes;
-  for (int64_t i = 0; i < count; i += LANES)
-    load_keys_16(tokens + i, key_at, count - i, pool->head, storage, keys + i);
-  if (pool->head == 64) { /* unrolled: most heads are of 64 or 128 */
-    for (int64_t i = 0; i < count; i++) load_value(tokens[i] + value_at, 64, storage, values + i * 64);
-  } else if (pool->head == 128) {
-    for (int64_t i = 0; i < count; i++) load_value(tokens[i] + value_at, 128, storage, values + i * 128);
+/* One value to floats, its end filled with 0 up to a multiple of 16. */
+INLINE void load_value(const char *from, int64_t head, Storage storage, float *out) {
+  for (int64_t i = 0; i < head; i += LANES)
+    _mm512_store_ps(out + i, load_floats(from + i * 4 / per_word(storage), first_lanes(head - i), storage));
+}
+
+/* One key head's keys or values of `count` tokens: `size` elements, `at` bytes into each. */
+typedef struct {
+  const char *const *tokens;
+  int64_t count, at, size;
+} Heads;
+
+INLINE void load_tile(Storage storage, Heads keys, Heads values, float *key_columns, float *value_rows) {
+  for (int64_t i = 0; i < keys.count; i += LANES)
+    load_keys_16(keys.tokens + i, keys.at, keys.count - i, keys.size, storage, key_columns + i);
+  const char *const *tokens = values.tokens;
+  if (values.size == 64) { /* unrolled: most heads are of 64 or 128 */
+    for (int64_t i = 0; i < values.count; i++) load_value(tokens[i] + values.at, 64, storage, value_rows + i * 64);
+  } else if (values.size == 128) {
+    for (int64_t i = 0; i < values.count; i++) load_value(tokens[i] + values.at, 128, storage, value_rows + i * 128);
   } else {
-    for (int64_t i = 0; i < count; i++)
-      load_value(tokens[i] + value_at, pool->head, storage, values + i * padded);
+    const int64_t padded = (values.size + LANES - 1) / LANES * LANES;
+    for (int64_t i = 0; i < values.count; i++)
+      load_value(tokens[i] + values.at, values.size, storage, value_rows + i * padded);
   }
 }
 
@@ -145,27 +166,51 @@ INLINE void load_tile(float *keys, float *values, const char *const *tokens, int
    hardware reads ahead in that order, which it does not for one head's part of every token. */
 typedef struct {
   const char *tokens[KEYS];
-  int64_t token, count, byte, bytes;
+  int64_t token, count, bytes;
+  const char *at, *end; /* what is left of the token before `token` */
 } Ahead;
 
-INLINE void fetch_line(Ahead *ahead) {
-  if (ahead->token == ahead->count) return;
-  _mm_prefetch(ahead->tokens[ahead->token] + ahead->byte, _MM_HINT_T1);
-  ahead->byte += LINE;
-  if (ahead->byte < ahead->bytes) return;
-  ahead->byte = 0;
-  ahead->token++;
+static void fetch_next_token(Ahead *ahead) {
+  if (ahead->token == ahead->count) { /* the last line again, at no cost */
+    ahead->at -= LINE;
+    return;
+  }
+  ahead->at = ahead->tokens[ahead->token++];
+  ahead->end = ahead->at + ahead->bytes;
 }
+
+/* Kept in a variable of its own over a loop, `at` need not go through memory. */
+INLINE const char *fetch_line(Ahead *ahead, const char *at) {
+  _mm_prefetch(at, _MM_HINT_T1);
+  at += LINE;
+  if (at < ahead->end) return at;
+  ahead->at = at;
+  fetch_next_token(ahead);
+  return ahead->at;
+}
+
+/* function(queries, ...), compiled for each number of queries up to TILE_QUERIES. */
+#define BY_QUERIES(function, ...)               \
+  switch (queries) {                            \
+  case 1: function(1, __VA_ARGS__); break;      \
+  case 2: function(2, __VA_ARGS__); break;      \
+  case 3: function(3, __VA_ARGS__); break;      \
+  case 4: function(4, __VA_ARGS__); break;      \
+  case 5: function(5, __VA_ARGS__); break;      \
+  default: function(TILE_QUERIES, __VA_ARGS__); \
+  }
+
+INLINE void add_to(float *out, __m512 x) { _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), x)); }
 
 /* out [queries, 16 vectors] += a [queries, inner] b [inner, 16 vectors]. */
 INLINE void accumulate_tile(int queries, int vectors, const float *a, int64_t a_stride, const float *b,
                             int64_t b_stride, float *out, int64_t out_stride, int64_t inner, Ahead *ahead) {
   __m512 sum[TILE_QUERIES][4];
   for (int q = 0; q < queries; q++)
-    for (int v = 0; v < vectors; v++) sum[q][v] = _mm512_loadu_ps(out + q * out_stride + v * LANES);
+    for (int v = 0; v < vectors; v++) sum[q][v] = _mm512_setzero_ps();
+  const char *line = ahead->at;
   for (int64_t i = 0; i < inner; i++) {
-    fetch_line(ahead);
-    fetch_line(ahead);
+    line = fetch_line(ahead, fetch_line(ahead, line));
     __m512 right[4];
     for (int v = 0; v < vectors; v++) right[v] = _mm512_load_ps(b + i * b_stride + v * LANES);
     for (int q = 0; q < queries; q++) {
@@ -173,8 +218,9 @@ INLINE void accumulate_tile(int queries, int vectors, const float *a, int64_t a_
       for (int v = 0; v < vectors; v++) sum[q][v] = _mm512_fmadd_ps(left, right[v], sum[q][v]);
     }
   }
+  ahead->at = line;
   for (int q = 0; q < queries; q++)
-    for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out + q * out_stride + v * LANES, sum[q][v]);
+    for (int v = 0; v < vectors; v++) add_to(out + q * out_stride + v * LANES, sum[q][v]);
 }
 
 INLINE void accumulate_queries(int vectors, int64_t queries, const float *a, int64_t a_stride, const float *b,
@@ -184,13 +230,7 @@ INLINE void accumulate_queries(int vectors, int64_t queries, const float *a, int
     a += TILE_QUERIES * a_stride;
     out += TILE_QUERIES * out_stride;
   }
-  switch (queries) {
-  case 1: accumulate_tile(1, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
-  case 2: accumulate_tile(2, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
-  case 3: accumulate_tile(3, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
-  case 4: accumulate_tile(4, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
-  case 5: accumulate_tile(5, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead); break;
-  }
+  if (queries) BY_QUERIES(accumulate_tile, vectors, a, a_stride, b, b_stride, out, out_stride, inner, ahead)
 }
 
 /* out [queries, columns] += a [queries, inner] b [inner, columns]; columns is a multiple of 16. */
@@ -201,6 +241,103 @@ static void accumulate(int64_t queries, int64_t columns, const float *a, int64_t
     accumulate_queries(4, queries, a, a_stride, b + column, b_stride, out + column, out_stride, inner, ahead);
   for (; column < columns; column += LANES)
     accumulate_queries(1, queries, a, a_stride, b + column, b_stride, out + column, out_stride, inner, ahead);
+}
+
+/* sum[query] += q[query][element] * keys. */
+INLINE void add_element(int queries, const float *const *q, int64_t element, __m512 keys, __m512 *sum) {
+  for (int i = 0; i < queries; i++) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[i][element]), keys, sum[i]);
+}
+
+/* sum[query] += the product of `count` words of a query and of 16 keys. */
+INLINE void add_words(int queries, Storage storage, int64_t count, const float *const *q, const __m512i *part,
+                      __m512 *sum, Ahead *ahead) {
+  const char *line = ahead->at;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < count; i++) {
+    line = fetch_line(ahead, line);
+    if (storage == BFLOAT16) {
+      add_element(queries, q, 2 * i, first_of(part[i]), sum);
+      add_element(queries, q, 2 * i + 1, second_of(part[i]), sum);
+    } else {
+      add_element(queries, q, i, _mm512_castsi512_ps(part[i]), sum);
+    }
+  }
+  ahead->at = line;
+}
+
+/* scores [queries, KEYS] = q [queries, size] times keys, which stay in registers. */
+INLINE void score_tile(int queries, Storage storage, Heads keys, const float *q, int64_t q_stride, float *scores,
+                       Ahead *ahead) {
+  const int64_t words = keys.size / per_word(storage);
+  for (int64_t key = 0; key < keys.count; key += LANES) {
+    __m512 total[TILE_QUERIES], sum[TILE_QUERIES];
+    for (int i = 0; i < queries; i++) total[i] = sum[i] = _mm512_setzero_ps();
+    for (int64_t word = 0; word < words; word += LANES) {
+      __m512i part[LANES];
+      load_words(keys.tokens + key, keys.at, keys.count - key, word, words, part);
+      const float *from[TILE_QUERIES];
+      for (int i = 0; i < queries; i++) from[i] = q + i * q_stride + word * per_word(storage);
+      if (words - word >= LANES)
+        add_words(queries, storage, LANES, from, part, sum, ahead);
+      else
+        add_words(queries, storage, words - word, from, part, sum, ahead);
+      if ((word + LANES) * per_word(storage) % SUMMED && word + LANES < words) continue;
+      for (int i = 0; i < queries; i++) {
+        total[i] = _mm512_add_ps(total[i], sum[i]);
+        sum[i] = _mm512_setzero_ps();
+      }
+    }
+    for (int i = 0; i < queries; i++) _mm512_store_ps(scores + i * KEYS + key, total[i]);
+  }
+}
+
+/* Columns `column` .. of sums [queries, size] += weights [queries, KEYS] times values. */
+INLINE void weigh_columns(int queries, int vectors, Storage storage, Heads values, int64_t column, const float *weights,
+                          float *sums, int64_t stride, Ahead *ahead) {
+  const __mmask16 lanes = vectors == 1 ? first_lanes(values.size - column) : (__mmask16)0xffff;
+  const int64_t bytes = 4 / per_word(storage), at = values.at + column * bytes;
+  __m512 sum[TILE_QUERIES][4];
+  for (int i = 0; i < queries; i++)
+    for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_setzero_ps();
+  const char *line = ahead->at;
+  for (int64_t key = 0; key < values.count; key++) {
+    line = fetch_line(ahead, fetch_line(ahead, line));
+    __m512 value[4];
+    for (int v = 0; v < vectors; v++)
+      value[v] = load_floats(values.tokens[key] + at + v * LANES * bytes, lanes, storage);
+    for (int i = 0; i < queries; i++) {
+      __m512 weight = _mm512_set1_ps(weights[i * KEYS + key]);
+      for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_fmadd_ps(weight, value[v], sum[i][v]);
+    }
+  }
+  ahead->at = line;
+  for (int i = 0; i < queries; i++)
+    for (int v = 0; v < vectors; v++) add_to(sums + i * stride + column + v * LANES, sum[i][v]);
+}
+
+INLINE void weigh_values(int queries, Storage storage, Heads values, const float *weights, float *sums, int64_t stride,
+                         Ahead *ahead) {
+  int64_t column = 0;
+  for (; column + 4 * LANES <= values.size; column += 4 * LANES)
+    weigh_columns(queries, 4, storage, values, column, weights, sums, stride, ahead);
+  for (; column < values.size; column += LANES)
+    weigh_columns(queries, 1, storage, values, column, weights, sums, stride, ahead);
+}
+
+static void score_direct(int64_t queries, Storage storage, Heads keys, const float *q, int64_t q_stride,
+                         float *scores, Ahead *ahead) {
+  if (storage == BFLOAT16)
+    BY_QUERIES(score_tile, BFLOAT16, keys, q, q_stride, scores, ahead)
+  else
+    BY_QUERIES(score_tile, FLOAT32, keys, q, q_stride, scores, ahead)
+}
+
+static void weigh_direct(int64_t queries, Storage storage, Heads values, const float *weights, float *sums,
+                         int64_t stride, Ahead *ahead) {
+  if (storage == BFLOAT16)
+    BY_QUERIES(weigh_values, BFLOAT16, values, weights, sums, stride, ahead)
+  else
+    BY_QUERIES(weigh_values, FLOAT32, values, weights, sums, stride, ahead)
 }
 
 /* What one thread needs for the queries of one task. */
@@ -262,6 +399,16 @@ static void weigh(Scratch *s, float *scores, int64_t query, int64_t first, int64
   s->total[query] += _mm512_reduce_add_ps(total);
 }
 
+/* scores [queries, KEYS] = q [queries, size] times the keys of a tile. */
+static void score_loaded(Scratch *s, int64_t queries, const float *q, int64_t q_stride, int64_t size, int64_t count,
+                         Ahead *ahead) {
+  __builtin_memset(s->scores, 0, (size_t)(queries * KEYS) * sizeof(float));
+  const int64_t columns = (count + LANES - 1) / LANES * LANES;
+  for (int64_t from = 0; from < size; from += SUMMED)
+    accumulate(queries, columns, q + from, q_stride, s->keys + from * KEYS, KEYS, s->scores, KEYS,
+               smaller(SUMMED, size - from), ahead);
+}
+
 /* The key heads [kv_head, kv_head + kv_heads) of a run, and of each the query heads [head, head + heads)
    of those that share it. A query's number is (key head * rows + row) * heads + head, from the first. */
 typedef struct {
@@ -310,9 +457,10 @@ static int64_t first_tile(const Run *run, const Options *options) {
 /* The tile of a run that begins at `first`. */
 static void look_ahead(Ahead *ahead, const Pool *pool, const Task *task, int64_t first) {
   const int64_t end = task->run->position + task->run->count;
-  ahead->token = ahead->byte = 0;
+  ahead->token = 0;
   ahead->count = smaller(end - first, KEYS);
   find_tokens(pool, task->run->table, first, ahead->count, ahead->tokens);
+  fetch_next_token(ahead);
 }
 
 /* `next` is the task that this thread may take up after this one, or NULL. */
@@ -321,6 +469,7 @@ static void attend(Scratch *s, const Pool *pool, const Task *task, const Task *n
   const Run *run = task->run;
   const int64_t size = pool->head, padded = (size + LANES - 1) / LANES * LANES;
   const int64_t queries = run->count * task->heads, end = run->position + run->count;
+  const int direct = queries <= TILE_QUERIES; /* loading a tile does not pay for so few */
   begin(s, task, options, size, padded, q, q_stride);
   const char *tokens[KEYS];
   for (int64_t first = first_tile(run, options); first < end; first += KEYS) {
@@ -332,19 +481,29 @@ static void attend(Scratch *s, const Pool *pool, const Task *task, const Task *n
       look_ahead(ahead, pool, next, first_tile(next->run, options));
     for (int64_t kv = 0; kv < task->kv_heads; kv++) {
       const int64_t from = kv * queries;
-      if (pool->storage == BFLOAT16)
-        load_tile(s->keys, s->values, tokens, count, pool, BFLOAT16, task->kv_head + kv, padded);
-      else
-        load_tile(s->keys, s->values, tokens, count, pool, FLOAT32, task->kv_head + kv, padded);
-      __builtin_memset(s->scores, 0, (size_t)(queries * KEYS) * sizeof(float));
-      accumulate(queries, (count + LANES - 1) / LANES * LANES, s->queries + from * padded, padded, s->keys, KEYS,
-                 s->scores, KEYS, size, ahead);
+      const float *in = s->queries + from * padded;
+      float *sums = s->sums + from * padded;
+      const int64_t bytes = size * element_bytes(pool), head = task->kv_head + kv;
+      const Heads keys = {tokens, count, head * bytes, size};
+      const Heads values = {tokens, count, (pool->kv_heads + head) * bytes, size};
+      if (direct) {
+        score_direct(queries, pool->storage, keys, in, padded, s->scores, ahead);
+      } else {
+        if (pool->storage == BFLOAT16)
+          load_tile(BFLOAT16, keys, values, s->keys, s->values);
+        else
+          load_tile(FLOAT32, keys, values, s->keys, s->values);
+        score_loaded(s, queries, in, padded, size, count, ahead);
+      }
       for (int64_t query = 0; query < queries; query++) {
         const int64_t high = run->position + query / task->heads + 1;
         const int64_t low = options->window ? high - options->window : 0;
         weigh(s, s->scores + query * KEYS, from + query, first, count, low, high, options, padded);
       }
-      accumulate(queries, padded, s->scores, KEYS, s->values, padded, s->sums + from * padded, padded, count, ahead);
+      if (direct)
+        weigh_direct(queries, pool->storage, values, s->scores, sums, padded, ahead);
+      else
+        accumulate(queries, padded, s->scores, KEYS, s->values, padded, sums, padded, count, ahead);
     }
   }
   finish(s, task, size, padded, out, out_stride);
@@ -402,7 +561,7 @@ void chiron_paged_attention(const float *q, int64_t q_stride, const float *k, in
 #pragma omp parallel
   {
     Scratch scratch;
-    Ahead ahead = {.bytes = 2 * kv_heads * head * element_bytes(&pool)};
+    Ahead ahead = {.bytes = 2 * kv_heads * head * element_bytes(&pool), .at = pool_data, .end = pool_data};
 #pragma omp single
     /* With enough rows for all threads, one task reads all of a token: see Ahead. */
     split.whole = split.parts == 1 && run_count >= 4 * omp_get_num_threads() &&
