@@ -10,14 +10,14 @@ import typer
 from chiron_engine.bench.measured import measure
 from chiron_engine.bench.request_log import RequestLog
 from chiron_engine.bench.summary import bench_summary
-from chiron_engine.cli import app
+from chiron_engine.cli import make_app
 from tests.bench.recorded_runs import served, trace, workload
 
 PAGE = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
 
 
 def test_the_options_it_names_are_those_there_are() -> None:
-    options = typer.main.get_command(app).commands["bench"].params  # type: ignore[attr-defined]
+    options = typer.main.get_command(make_app()).commands["bench"].params  # type: ignore[attr-defined]
     flags = {flag for option in options for flag in option.opts if flag.startswith("--")} - {"--help"}
     assert set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", PAGE)) == flags
 

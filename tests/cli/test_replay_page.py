@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from chiron_engine.cli import app
+from chiron_engine.cli import make_app
 from chiron_engine.cluster.event_log import EventLog
 from chiron_engine.commands.replay import _replay_file
 from chiron_engine.policy.fleet.messages import RequestFinished, Route
@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs" / "replay.md").read_text(encoding="utf-8")
 
 
 def flags_of(*commands: str) -> set[str]:
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(make_app())
     options = [option for name in commands for option in group.commands[name].params]  # type: ignore[attr-defined]
     return {flag for option in options for flag in option.opts}
 

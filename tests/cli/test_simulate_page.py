@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from chiron_engine.cli import app
+from chiron_engine.cli import make_app
 from chiron_engine.commands.simulation import POLICY_NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ def test_the_files_it_maps_exist() -> None:
 
 
 def test_the_options_it_names_exist() -> None:
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(make_app())
     options = command.commands["simulate"].params  # type: ignore[attr-defined]
     flags = {flag for option in options for flag in option.opts}
     named = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--scale"}

@@ -136,6 +136,17 @@ def test_light_commands_load_no_torch(arguments: list[str]) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
 
+def test_a_command_loads_no_other_command() -> None:
+    code = (
+        "import sys; from chiron_engine.cli import COMMANDS, main\n"
+        "sys.argv = ['chiron', 'engine', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "files = {name for name in COMMANDS.values() if f'chiron_engine.commands.{name}' in sys.modules}\n"
+        "sys.exit(files != {'engine'})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("0", 0), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("2gb", 2 * 10**9), ("7B", 7), ("0GiB", 0)],
