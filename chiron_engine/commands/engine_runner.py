@@ -20,7 +20,7 @@ from chiron_engine.serving.engine_service import EngineDescription
 from chiron_engine.serving.fleet_member import EngineRefused, Join
 
 from .exits import CommandError, load_errors, port_errors, stop_code
-from .steady_heap import freeze_heap
+from .steady_heap import freeze_heap, loading_heap
 
 
 class EngineRunner:
@@ -72,7 +72,8 @@ class EngineRunner:
     def _load(self, report_phase: ReportPhase) -> LoadedEngine:
         """Called in a thread of its own."""
         report = partial(self._report, report_phase)
-        with load_errors():
+        # Frozen here, and not only in `_begin`, which holds up the thread that hears of the fleet.
+        with load_errors(), loading_heap():
             self._loaded = loaded = self._load_model(report)
         description = EngineDescription(loaded.name, loaded.architecture, loaded.dtype, loaded.eos_token_ids)
         return LoadedEngine(loaded.core, description, loaded.costs, loaded.compile_guide)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-CHECK = """
+READY = """
 import gc
 from chiron_engine.commands.steady_heap import freeze_heap
 before = len(gc.get_objects())
@@ -16,4 +16,22 @@ assert len(gc.get_objects()) < before / 10
 
 
 def test_the_heap_of_a_ready_process_is_frozen() -> None:
-    subprocess.run([sys.executable, "-c", CHECK], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", READY], check=True, timeout=60)
+
+
+LOADING = """
+import gc
+from chiron_engine.commands.steady_heap import loading_heap
+try:
+    with loading_heap():
+        assert not gc.isenabled()
+        loaded = [[] for _ in range(5000)]
+        raise ValueError
+except ValueError:
+    assert gc.isenabled()
+assert gc.get_freeze_count() > 5000
+"""
+
+
+def test_what_was_loaded_is_frozen_and_collections_go_on_though_loading_failed() -> None:
+    subprocess.run([sys.executable, "-c", LOADING], check=True, timeout=60)
