@@ -77,7 +77,7 @@ class KvTransfer:
             source = self._host.narrow(0, run.host, run.count)
             self._device.narrow(0, run.device, run.count).copy_(source, non_blocking=True)
 
-    def measure(self, blocks: int = 64) -> TransferTimes:
+    def measure(self, blocks: int = 16) -> TransferTimes:
         """Time copies of single scattered blocks. Overwrites blocks of both pools: only before use."""
         count = min(blocks, self._device.shape[0], self._host.shape[0])
         scattered = [BlockCopy(i, count - 1 - i) for i in range(count)]

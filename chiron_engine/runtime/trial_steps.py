@@ -105,20 +105,29 @@ def run_largest_step(executor: TorchExecutor) -> None:
     trial.leave()
 
 
-def measure_swap_costs(executor: TorchExecutor) -> SwapCosts:
+def measure_swap_costs(executor: TorchExecutor, costs: StepCosts | None = None) -> SwapCosts:
     """Time copies of a block each way and the recomputation of a token, for the choice between
-    saving a preempted request and computing it again. Defaults where there is no host pool."""
+    saving a preempted request and computing it again. Defaults where there is no host pool. costs: of
+    steps, where they have been timed: they say what recomputation takes, and no step is run for it."""
     if executor.transfer is None:
         return SwapCosts()
     times = executor.transfer.measure()
-    return SwapCosts(times.out_s, times.in_s, _recompute_seconds(executor))
+    if costs is None:
+        return SwapCosts(times.out_s, times.in_s, _recompute_seconds(executor))
+    chunk = _recomputed_tokens(executor)
+    return SwapCosts(times.out_s, times.in_s, costs.seconds(0, 0, chunk) / chunk)
+
+
+def _recomputed_tokens(executor: TorchExecutor) -> int:
+    """Tokens of the chunk that recomputation is judged by: RECOMPUTED_TOKENS or what fits."""
+    shape = executor.shape
+    room = min(shape.max_model_len, shape.num_device_blocks * shape.block_size) - 1
+    return min(RECOMPUTED_TOKENS, shape.max_step_tokens, room)
 
 
 def _recompute_seconds(executor: TorchExecutor) -> float:
-    """Seconds a prompt token takes in a chunk of RECOMPUTED_TOKENS or what fits, the best of two."""
-    shape = executor.shape
-    room = min(shape.max_model_len, shape.num_device_blocks * shape.block_size) - 1
-    known = min(RECOMPUTED_TOKENS, shape.max_step_tokens, room)
+    """Seconds a prompt token takes in such a chunk, the best of two."""
+    known = _recomputed_tokens(executor)
     trial = TrialRequests(executor, 1, known, 1)
     start = time.perf_counter()
     best = trial.prefill()

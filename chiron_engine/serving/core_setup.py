@@ -66,7 +66,8 @@ def load_core(
     resources.callback(executor.close)
     learns = config.local_autoscaler == "adaptive" or config.num_speculative_tokens > 0
     costs = measure_step_costs(executor) if time_steps or learns else None
-    core = build_core(config, executor, log, measure_swap_costs(executor), costs, record=record)
+    swap_costs = measure_swap_costs(executor, costs)
+    core = build_core(config, executor, log, swap_costs, costs, record=record)
     return LoadedModel(
         core=core,
         name=config.served_model_name or spec.name,

@@ -19,6 +19,7 @@ from chiron_engine.model.precision import BFLOAT16, FLOAT32, INT8
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.request import Request, Slo, SloClass
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
+from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.runtime import build
 from chiron_engine.runtime.build import build_executor, named_precision, resolve_device
 from chiron_engine.runtime.errors import OutOfMemory
@@ -115,6 +116,14 @@ def test_swap_costs_are_measured(executor: TorchExecutor) -> None:
     assert 0 < costs.copy_out_s < 1
     assert 0 < costs.copy_in_s < 1
     assert 0 < costs.recompute_s < 1
+
+
+def test_recomputation_is_not_timed_where_it_follows_from_step_costs(
+    executor: TorchExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(TorchExecutor, "submit")
+    known = StepCosts(base_s=0.256, per_prompt_token_s=0.002)
+    assert measure_swap_costs(executor, known).recompute_s == pytest.approx(0.002 + 0.256 / 256)
 
 
 @pytest.mark.parametrize(
