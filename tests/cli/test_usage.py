@@ -100,10 +100,12 @@ def test_a_broken_model_exits_3_with_its_cause(tiny_llama: Path, tmp_path: Path)
     assert "config.json" in result.stderr
 
 
-def test_a_missing_tokenizer_exits_3(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["serve", "--grpc-port", "0"], ["generate"]], ids=lambda value: value[0])
+def test_a_missing_tokenizer_exits_3(command: list[str], tiny_llama: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
     (broken / "tokenizer.json").unlink()
-    result = chiron("generate", str(broken), *SMALL, "hi")
+    more = ["hi"] if command == ["generate"] else []
+    result = chiron(command[0], str(broken), *command[1:], *SMALL, *more)
     assert result.returncode == 3, result.stderr
     assert "tokenizer.json" in result.stderr
 
