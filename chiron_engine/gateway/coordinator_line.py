@@ -45,11 +45,13 @@ class CoordinatorLine:
         self._reports: list[routing_pb2.GatewayReport] = []
         self._unsent = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._is_closing = False
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._keep_attached(), name="coordinator-line")
 
     async def close(self) -> None:
+        self._is_closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -62,6 +64,7 @@ class CoordinatorLine:
             self._unsent.set()
 
     async def _keep_attached(self) -> None:
+        """Until it is closed: a cancellation as a call fails is lost in gRPC, as for an `EngineLink`."""
         retry_s = FIRST_RETRY_S
         while not self.refused.done():
             was_up = False
@@ -69,6 +72,8 @@ class CoordinatorLine:
                 was_up = await self._attach_once()
             except Exception:  # of an order that makes no sense
                 log.exception("the line to the coordinator failed, and is opened again")
+            if self._is_closing:
+                return
             retry_s = FIRST_RETRY_S if was_up else min(2 * retry_s, LONGEST_RETRY_S)
             await asyncio.sleep(retry_s * random.uniform(0.8, 1.2))
 

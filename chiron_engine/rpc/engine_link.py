@@ -47,6 +47,7 @@ class EngineLink:
         self._forgets: list[int] = []
         self._unsent = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._is_closing = False
 
     @property
     def is_ready(self) -> bool:
@@ -68,6 +69,7 @@ class EngineLink:
         """Drop the connection; the engine aborts what came over it."""
         if self._task is None:
             return
+        self._is_closing = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -104,6 +106,8 @@ class EngineLink:
             stream.evict(engine_pb2.Evicted(handle=handle))
 
     async def _keep_connected(self) -> None:
+        """Until it is closed. Where a call fails just then, as the engine has been killed, gRPC takes the
+        cancellation for one of its own, and only the call's failure is raised here."""
         retry_s = FIRST_RETRY_S
         while True:
             try:
@@ -111,6 +115,8 @@ class EngineLink:
             except Exception:  # of whoever owns a stream, or an engine that talks nonsense
                 log.exception("engine %s: the link failed, and connects again", self.address)
                 was_connected = False
+            if self._is_closing:
+                return
             retry_s = FIRST_RETRY_S if was_connected else min(retry_s * 2, LONGEST_RETRY_S)
             await asyncio.sleep(retry_s * random.uniform(0.8, 1.2))
 

@@ -15,6 +15,7 @@ from chiron_engine.rpc.port import bind
 from chiron_engine.rpc.server import create_server
 from chiron_engine.rpc.token_stream import TokenStream
 from chiron_engine.rpc.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+from tests.rpc.mute_server import MuteServer
 
 
 class OneToken(engine_pb2_grpc.EngineServicer):
@@ -162,5 +163,18 @@ def test_another_engine_at_the_address_is_left_alone(caplog: pytest.LogCaptureFi
             await until(lambda: engine.connections >= 3)
             assert not link.is_connected
             assert "has the boot id right, not wrong" in caplog.text
+
+    asyncio.run(check())
+
+
+def test_a_link_closes_as_its_engine_is_killed() -> None:
+    """Until it has closed, the coordinator moves no request of that engine elsewhere."""
+
+    async def check() -> None:
+        with MuteServer() as engine:
+            link = EngineLink(engine.address)
+            link.start()
+            await engine.die_unheard()
+            await asyncio.wait_for(link.close(), 5)
 
     asyncio.run(check())
