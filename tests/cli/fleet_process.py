@@ -6,11 +6,13 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import grpc.aio
 
 from chiron_engine.rpc.client import InferenceClient, sampling
+from chiron_engine.rpc.errors import error_code
 from chiron_engine.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc, inference_pb2
 
 SIMULATED = ["--executor", "simulated", "--profile", "h100/llama-3.1-8b/tp1/bf16"]
@@ -47,6 +49,16 @@ def generate(port: int, max_tokens: int = 20, seed: int = 1, host: str = "127.0.
         return [token for chunk in chunks for token in chunk.token_ids]
 
     return asyncio.run(ask())
+
+
+def told(stream: Future[list[int]], seconds: float = 70.0) -> list[int] | str:
+    """The tokens of a `generate` on another thread, or what its client was told instead of them."""
+    try:
+        return stream.result(seconds)
+    except grpc.aio.AioRpcError as error:
+        return f"{error.code().name} ({error_code(error)}): {error.details()}"
+    except TimeoutError:
+        return f"no end within {seconds} s"
 
 
 def wait_fleet(port: int, count: int, seconds: float = 20.0) -> dict[int, int]:

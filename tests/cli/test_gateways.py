@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc.aio
 import pytest
 
-from chiron_engine.rpc.errors import error_code
 from tests.cli.chiron_process import Server, chiron, is_alive, wait_gone
-from tests.cli.fleet_process import SIMULATED, ask_fleet, free_port, generate, serve, wait_fleet, wait_until
+from tests.cli.fleet_process import (
+    SIMULATED,
+    ask_fleet,
+    free_port,
+    generate,
+    serve,
+    told,
+    wait_fleet,
+    wait_until,
+)
 
 
 def gateway_pids(server: Server) -> list[int]:
@@ -61,22 +68,20 @@ def test_a_stream_of_a_gateway_apart_outlives_the_coordinator(tmp_path: Path) ->
     """Killed in the middle of it, and another one started in its place: not a token is lost or doubled."""
     port, other = free_port(), free_port()
     gateway = ["gateway", "tiny", *SIMULATED, "--coordinator", f"127.0.0.1:{port}", "--grpc-port", str(other)]
-    got: list[int] = []
-    with Server(gateway) as apart, Server(serve(port, tmp_path)) as server:
+    clients = ThreadPoolExecutor(1)
+    with clients, Server(gateway) as apart, Server(serve(port, tmp_path)) as server:
         assert server.wait_ready(), server.stderr
         assert f"127.0.0.1:{other}" in apart.wait_ready(), apart.stderr
         (engine,) = wait_fleet(port, 1)
         expected = generate(other, max_tokens=1200)
-        stream = threading.Thread(target=lambda: got.extend(generate(other, max_tokens=1200)))
-        stream.start()
+        stream = clients.submit(generate, other, max_tokens=1200)
         wait_until(lambda: ask_fleet(port).instances[0].telemetry.running_interactive == 1)
         server.signal(signal.SIGKILL)
         server.wait()
         with Server(serve(port, tmp_path)) as server:
             assert server.wait_ready(), server.stderr
-            assert stream.is_alive(), "it was to be interrupted"
-            stream.join(60)
-            assert got == expected
+            assert not stream.done(), "it was to be interrupted"
+            assert told(stream) == expected
             assert is_alive(engine)
             assert generate(other) == expected[:20]
             apart.signal(signal.SIGTERM)
@@ -90,21 +95,19 @@ def test_a_stream_on_an_engine_that_joined_outlives_a_clean_stop_of_the_coordina
     coordinator = ["coordinator", "tiny", *SIMULATED, "--grpc-port", str(port), "--state-dir", str(tmp_path)]
     engine = ["engine", "tiny", *SIMULATED, "--join", f"127.0.0.1:{port}", "--grpc-port", "0"]
     gateway = ["gateway", "tiny", *SIMULATED, "--coordinator", f"127.0.0.1:{port}", "--grpc-port", str(other)]
-    got: list[int] = []
-    with Server(engine) as joined, Server(gateway) as apart, Server(coordinator) as server:
+    clients = ThreadPoolExecutor(1)
+    with clients, Server(engine) as joined, Server(gateway) as apart, Server(coordinator) as server:
         assert server.wait_ready(), server.stderr
         assert apart.wait_ready(), apart.stderr
         expected = generate(other, max_tokens=1200)
-        stream = threading.Thread(target=lambda: got.extend(generate(other, max_tokens=1200)))
-        stream.start()
+        stream = clients.submit(generate, other, max_tokens=1200)
         wait_until(lambda: ask_fleet(port).instances[0].telemetry.running_interactive == 1)
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
-        assert stream.is_alive(), "it was to be interrupted"
+        assert not stream.done(), "it was to be interrupted"
         with Server(coordinator) as server:
             assert server.wait_ready(), server.stderr
-            stream.join(60)
-            assert got == expected
+            assert told(stream) == expected
             wait_until(lambda: answers(other, expected[:20]))
             for each in (apart, joined, server):
                 each.signal(signal.SIGTERM)
@@ -112,25 +115,16 @@ def test_a_stream_on_an_engine_that_joined_outlives_a_clean_stop_of_the_coordina
 
 
 def test_gateways_that_are_not_drained_in_time_tell_their_clients(tmp_path: Path) -> None:
-    port, ends = free_port(), []
+    port, clients = free_port(), ThreadPoolExecutor(3)
     shared = ["--gateways", "2", "--coordinator-port", "0", "--drain-timeout", "1"]
-
-    def ask() -> None:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            generate(port, max_tokens=5000)
-        ends.append((caught.value.code(), error_code(caught.value)))
-
-    with Server(serve(port, tmp_path, *shared)) as server:
+    with clients, Server(serve(port, tmp_path, *shared)) as server:
         assert server.wait_ready(), server.stderr
-        streams = [threading.Thread(target=ask) for _ in range(3)]
-        for stream in streams:
-            stream.start()
+        streams = [clients.submit(generate, port, max_tokens=5000) for _ in range(3)]
         wait_until(lambda: ask_fleet(port).instances[0].telemetry.running_interactive == 3)
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
-        for stream in streams:
-            stream.join(10)
-        assert ends == [(grpc.StatusCode.UNAVAILABLE, "draining")] * 3
+        ends = [told(stream, 10) for stream in streams]
+        assert [str(end).partition(":")[0] for end in ends] == ["UNAVAILABLE (draining)"] * 3, ends
 
 
 def test_a_gateway_that_cannot_listen_or_does_not_fit_says_why(tmp_path: Path) -> None:

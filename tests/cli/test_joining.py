@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.cli.chiron_process import Server, is_alive, wait_gone
-from tests.cli.fleet_process import SIMULATED, ask_fleet, free_port, generate, wait_fleet, wait_until
+from tests.cli.fleet_process import SIMULATED, ask_fleet, free_port, generate, told, wait_fleet, wait_until
 
 DEAD_WITHIN_S = 11.0
 
@@ -63,17 +63,13 @@ def test_a_stopped_engine_is_given_up_and_comes_back_as_another(tmp_path: Path) 
     port = free_port()
     slow = ["--time-scale", "8"]
     started = coordinator(port, tmp_path, *slow, "--engines", "1")
-    with Server(started) as server, Server(engine(port, *slow)) as joined:
+    clients = ThreadPoolExecutor(6)
+    with clients, Server(started) as server, Server(engine(port, *slow)) as joined:
         assert server.wait_ready(), server.stderr
         before = wait_fleet(port, 2)
         (local,) = set(before) - {joined.process.pid}
         undisturbed = generate(port, 60, seed=3)
-        streams: list[list[int]] = []
-        clients = [
-            threading.Thread(target=lambda: streams.append(generate(port, 60, seed=3))) for _ in range(6)
-        ]
-        for client in clients:
-            client.start()
+        streams = [clients.submit(generate, port, 60, seed=3) for _ in range(6)]
         wait_until(lambda: sum(i.telemetry.running_interactive for i in ask_fleet(port).instances) >= 4)
         began = time.monotonic()
         for pid in before:
@@ -81,9 +77,7 @@ def test_a_stopped_engine_is_given_up_and_comes_back_as_another(tmp_path: Path) 
         assert wait_gone([local], DEAD_WITHIN_S + 2.0)
         wait_until(lambda: joined.process.pid not in {i.pid for i in ask_fleet(port).instances})
         assert 5.0 < time.monotonic() - began < DEAD_WITHIN_S + 2.0
-        for client in clients:
-            client.join(60)
-        assert streams == [undisturbed] * 6
+        assert [told(stream) for stream in streams] == [undisturbed] * 6
         os.kill(joined.process.pid, signal.SIGCONT)
         after = wait_fleet(port, 2)
         assert after[joined.process.pid] > max(before.values())

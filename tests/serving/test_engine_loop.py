@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -113,11 +114,8 @@ def test_many_threads_submit_and_abort_and_each_request_ends_once() -> None:
                     loop.abort([request_id])
                 time.sleep(rng.random() * 0.003)
 
-        clients = [threading.Thread(target=client, args=(number,)) for number in range(threads)]
-        for thread in clients:
-            thread.start()
-        for thread in clients:
-            thread.join()
+        with ThreadPoolExecutor(threads) as clients:
+            list(clients.map(client, range(threads)))
         collector.wait_ended(threads * each)
         assert all(len(reasons) == 1 for reasons in collector.ends.values())
         assert {r for (r,) in collector.ends.values()} == {FinishReason.LENGTH, FinishReason.ABORT}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -275,18 +275,10 @@ def test_a_bad_stream_raises_at_once(engine: OfflineEngine) -> None:
 
 
 def test_several_threads_may_generate(engine: OfflineEngine) -> None:
-    results: dict[int, list[RequestOutput]] = {}
-
-    def work(number: int) -> None:
-        results[number] = engine.generate([f"thread {number}"] * 5, params(10))
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    for number in range(4):
-        assert {tuple(o.token_ids) for o in results[number]} == {
+    with ThreadPoolExecutor(4) as threads:
+        results = [threads.submit(engine.generate, [f"thread {n}"] * 5, params(10)) for n in range(4)]
+    for number, result in enumerate(results):
+        assert {tuple(o.token_ids) for o in result.result()} == {
             tuple(expected_tokens(f"thread {number}", 3, 10))
         }
 
