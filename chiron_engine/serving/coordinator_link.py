@@ -20,6 +20,8 @@ FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 1.0
 ORPHAN_S = 120.0
 """Without a coordinator for so long, an engine ends."""
+LAST_REPORT_S = 1.0
+"""For a coordinator to take the last report, which tells it that the engine is going."""
 REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
 
 
@@ -54,14 +56,19 @@ class CoordinatorLink:
         self._orphan_s = orphan_s
         self._closed = threading.Event()
         self._last_contact = time.monotonic()
+        self._line: _Line | None = None
         self._thread = threading.Thread(target=self._run, name="coordinator-link", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def close(self) -> None:
-        """Send one last report and hang up. Does not wait."""
+        """Send one last report and hang up. Waits for that, or the process could end before."""
         self._closed.set()
+        if self._line is not None:
+            self._line.wake()
+        if self._thread.is_alive():
+            self._thread.join(LAST_REPORT_S)
 
     def _run(self) -> None:
         retry_s = FIRST_RETRY_S
@@ -81,7 +88,7 @@ class CoordinatorLink:
         answered = False
         options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(self._address, options=options) as channel:
-            line = _Line(self._closed)
+            line = self._line = _Line(self._closed)
             try:
                 for order in coordinator_pb2_grpc.CoordinatorStub(channel).Join(self._reports(line)):
                     answered = True
@@ -149,9 +156,17 @@ class _Line:
             self._is_over = True
             self._condition.notify()
 
+    def wake(self) -> None:
+        """`closed` has been set."""
+        with self._condition:
+            self._condition.notify()
+
     def wait(self) -> bool:
         """Until the next report is due; False once there is to be none."""
         with self._condition:
-            self._condition.wait_for(lambda: self._is_over or self._every_s > 0.0)
-            self._condition.wait_for(lambda: self._is_over or self._closed.is_set(), timeout=self._every_s)
-            return not self._is_over and not self._closed.is_set()
+            self._condition.wait_for(lambda: self._is_last() or self._every_s > 0.0)
+            self._condition.wait_for(self._is_last, timeout=self._every_s)
+            return not self._is_last()
+
+    def _is_last(self) -> bool:
+        return self._is_over or self._closed.is_set()

@@ -195,7 +195,7 @@ class _EngineProcess:
         if self._companion is not None:
             await self._companion.close()
         if self._member is not None:
-            self._member.close()
+            await asyncio.to_thread(self._member.close)
         await self._server.stop(STOP_GRACE_S)
         if self._loop is not None:
             self._loop.stop()

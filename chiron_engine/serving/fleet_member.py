@@ -82,6 +82,7 @@ class FleetMember:
         self._loop.give_back_batch()
 
     def close(self) -> None:
+        """Say goodbye, which may take a moment."""
         self._link.close()
 
     def _note_joined(self) -> None:

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from chiron_engine.cluster.engine_roster import SILENT_S
 from tests.cli.chiron_process import Server, is_alive, wait_gone
 from tests.cli.fleet_process import SIMULATED, ask_fleet, free_port, generate, told, wait_fleet, wait_until
 
@@ -43,7 +44,8 @@ def test_a_fleet_is_what_has_joined(tmp_path: Path) -> None:
                 assert "model is other; this coordinator serves tiny" in report["message"]
             second.signal(signal.SIGTERM)
             assert second.wait(20) == 0
-        assert wait_fleet(port, 1).keys() == {first.process.pid}
+        # It said goodbye: from its silence alone that is known only later.
+        assert wait_fleet(port, 1, SILENT_S - 1.0).keys() == {first.process.pid}
         assert len(generate(port)) == 20
         assert server.engine_pids() == []
         first.signal(signal.SIGTERM)
