@@ -46,8 +46,12 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         *(Pointer, Pointer, Size, Pointer, Size),
         *(Real, Real, Size, Pointer, Pointer),
     ),
+    "chiron_row_maxima": (Pointer, Size, Size, Size, Pointer, Pointer),
+    "chiron_draw": (Pointer, Size, Size, Pointer, Pointer, Size, *[Pointer] * 8, Size),
+    "chiron_forbid": (Pointer, Size, Size, Pointer, Size, Pointer, Size),
+    "chiron_token_logprobs": (Pointer, Size, Size, Pointer, Size, Pointer, Size, *[Pointer] * 3),
 }
-COUNTS: dict[str, tuple[type, ...]] = {"chiron_max_run": (Size,)}
+COUNTS: dict[str, tuple[type, ...]] = {"chiron_max_run": (Size,), "chiron_draw_room": (Size,)}
 
 
 class KernelsUnavailable(RuntimeError):

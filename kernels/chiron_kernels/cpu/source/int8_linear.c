@@ -82,8 +82,6 @@ INLINE float turn_all(const float *x, int64_t inputs, float *to) {
    as 0. */
 INLINE __m512 steps_of(float top) { return _mm512_set1_ps(top >= 0x1p-118f ? 127.0f / top : 0.0f); }
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static void quantise_row(const float *x, int64_t inputs, int8_t *values, float *scales, int32_t *offsets) {
   for (int64_t from = 0; from < inputs; from += GROUP) {
     const int64_t count = smaller(GROUP, inputs - from);

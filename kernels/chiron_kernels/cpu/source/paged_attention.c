@@ -42,8 +42,6 @@ typedef struct {
   const float *sinks;   /* [query heads] or NULL */
 } Options;
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 INLINE int64_t token_offset(const Pool *pool, int64_t block, int64_t offset, int64_t value, int64_t kv_head) {
   return block * pool->block_stride + ((offset * 2 + value) * pool->kv_heads + kv_head) * pool->head;
 }

@@ -10,6 +10,8 @@
 #define LINE 64 /* bytes of a cache line */
 #define INLINE static inline __attribute__((always_inline))
 
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* The first `count` lanes; all of them from 16 on. */
 INLINE __mmask16 first_lanes(int64_t count) {
   return count >= LANES ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1u);
