@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from chiron_kernels.cpu import sampling as compiled
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from torch import Tensor
 
+from chiron_engine.model.cpu_kernels import kernels_for
 from chiron_engine.policy.iteration.request import Request
 from chiron_engine.policy.iteration.sampling_params import Guide
 
@@ -30,12 +32,6 @@ COMPILE_STACK = 64 << 20
 _STACK_SIZE = threading.Lock()
 """Held while the stack size of new threads is another than usual."""
 WORD_BITS = 32
-BYTE_BITS = 8
-ROWS_AT_ONCE = 4
-"""Of logits on the CPU, so that what is made of their masks stays in its cache."""
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-BOUNDS = np.where(_BITS == 1, np.inf, -np.inf).astype(np.float32)
-"""[256, 8]: for each byte of a mask an upper bound of its tokens' logits."""
 GRAMMARS: dict[str, Callable[[str], str]] = {
     "json_schema": LLMatcher.grammar_from_json_schema,
     "regex": LLMatcher.grammar_from_regex,
@@ -129,12 +125,7 @@ class GuidedRows:
             if not matcher.consume_token(token):  # all that it allows from now on is the end
                 log.warning("an output left its guide and ends: %s", _first_line(matcher.get_error()))
         compute_masks(self._matchers, self._masks)
-        if self._rows is None:
-            forbid(logits, self._masks)
-            return
-        some = logits.index_select(0, self._rows)
-        forbid(some, self._masks)
-        logits.index_copy_(0, self._rows, some)
+        forbid(logits, self._rows, self._masks)
 
 
 class SampledTokens:
@@ -206,23 +197,23 @@ def compute_masks(matchers: list[LLMatcher], masks: np.ndarray) -> None:
     _executor().unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
 
 
-def forbid(logits: Tensor, masks: np.ndarray) -> None:
-    """Set `logits` [rows, vocab] to -inf in place where the bit of `masks` [rows, words] is 0."""
-    if logits.device.type == "cpu":
-        _forbid_on_cpu(logits, masks)
+def forbid(logits: Tensor, rows: Tensor | None, masks: np.ndarray) -> None:
+    """Set `logits` [rows, vocab] to -inf in place where the bit of `masks` [N, words] is 0: of the rows
+    `rows` [N], or of all."""
+    kernels = kernels_for(logits.device)
+    if kernels is not None:
+        compiled.forbid(kernels, logits, rows, masks)
     else:
-        logits.masked_fill_(forbidden_tokens(upload_array(masks, logits.device), logits.shape[1]), -torch.inf)
+        _forbid_with_torch(logits, rows, masks)
 
 
-def _forbid_on_cpu(logits: Tensor, masks: np.ndarray) -> None:
-    """The smaller of each logit and infinity with the sign of its bit: unlike a masked fill it needs no
-    branch for each token."""
-    bounds = np.empty((min(len(masks), ROWS_AT_ONCE), masks.nbytes // len(masks), BYTE_BITS), np.float32)
-    for start in range(0, len(masks), ROWS_AT_ONCE):
-        words = masks[start : start + ROWS_AT_ONCE].view(np.uint8)
-        np.take(BOUNDS, words, axis=0, out=bounds[: len(words)], mode="clip")
-        some = logits[start : start + ROWS_AT_ONCE]
-        torch.minimum(some, torch.from_numpy(bounds[: len(words)]).flatten(1)[:, : logits.shape[1]], out=some)
+def _forbid_with_torch(logits: Tensor, rows: Tensor | None, masks: np.ndarray) -> None:
+    forbidden = forbidden_tokens(upload_array(masks, logits.device), logits.shape[1])
+    if rows is None:
+        logits.masked_fill_(forbidden, -torch.inf)
+        return
+    some = logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf)
+    logits.index_copy_(0, rows, some)
 
 
 def forbidden_tokens(masks: Tensor, vocab_size: int) -> Tensor:

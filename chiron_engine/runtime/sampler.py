@@ -8,19 +8,23 @@ not for the vocabulary. It is a function of (seed, position, block or token id) 
 goes on in another batch or on another engine draws the same token at the same position, although
 rounding moves its logits a little: another one can win only where the two largest scores of a race, or a
 token and the cut of min-p, top-k or top-p, lie within that rounding.
+
+Compiled on CPUs that have the kernels; with torch elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import ctypes
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from chiron_kernels.cpu import sampling as compiled
 from torch import Tensor
 
+from chiron_engine.model.cpu_kernels import kernels_for
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
-from .row_maxima import largest, largest_few
 from .sampling_noise import exponentials, item_keys, random_bits, signed
 from .uploads import upload_array
 
@@ -30,9 +34,6 @@ MIN_TEMPERATURE = 1e-5
 # 2**53, so float64 holds every partial sum exactly: top-p cuts alike however a device splits a sum.
 WEIGHT_SCALE = 2.0**32
 RACE_BLOCK = 256
-TOP_P_FIRST_TRY = 256
-DRAWN_AT_ONCE = 8
-"""Rows, on the CPU: what is made of them stays in its cache."""
 
 
 @dataclass(slots=True)
@@ -51,11 +52,6 @@ class SamplingRows:
     any_min_p: bool
     largest_top_k: int
     any_top_p: bool
-
-    def part(self, of: slice) -> SamplingRows:
-        """Of the rows that are drawn, these."""
-        names = ("temperature", "min_p", "top_k", "top_p", "seeds")
-        return replace(self, indices=None, **{name: getattr(self, name)[of] for name in names})
 
 
 class SamplingTable:
@@ -108,13 +104,30 @@ def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> tuple[Tenso
     to draw. Returns the tokens [rows] int64 and [rows] bool, False where no logit was above -inf:
     such a row gets token 0. NaN counts as -inf and +inf as the largest finite number.
     """
-    draws_all = not rows.all_greedy and rows.indices is None
-    best, tokens = _best(logits, draws_all)
-    if logits.device.type != "cpu" or not bool(torch.isfinite(best).all()):
-        logits = logits.nan_to_num(nan=-torch.inf, posinf=torch.finfo(logits.dtype).max, neginf=-torch.inf)
-        best, tokens = _best(logits, draws_all)
+    kernels = kernels_for(logits.device)
+    if kernels is not None:
+        return _sample_compiled(kernels, logits, rows, positions)
+    return _sample_with_torch(logits, rows, positions)
+
+
+def _sample_compiled(
+    kernels: ctypes.CDLL, logits: Tensor, rows: SamplingRows, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    if rows.all_greedy or rows.indices is not None:
+        best, tokens = compiled.row_maxima(kernels, logits)
+    else:
+        best, tokens = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
+    if not rows.all_greedy:
+        draws = compiled.Draws(rows.temperature, rows.min_p, rows.top_k, rows.top_p, rows.seeds)
+        compiled.draw(kernels, logits, positions, rows.indices, draws, best, tokens)
+    return tokens, best > -torch.inf
+
+
+def _sample_with_torch(logits: Tensor, rows: SamplingRows, positions: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.nan_to_num(nan=-torch.inf, posinf=torch.finfo(logits.dtype).max, neginf=-torch.inf)
+    best, tokens = logits.max(dim=-1)
     valid = best > -torch.inf
-    if draws_all:
+    if not rows.all_greedy and rows.indices is None:
         tokens = _draw(logits, best, rows, positions)
     elif rows.indices is not None:
         some = rows.indices
@@ -122,23 +135,8 @@ def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> tuple[Tenso
     return torch.where(valid, tokens, 0), valid
 
 
-def _best(logits: Tensor, value_only: bool) -> tuple[Tensor, Tensor]:
-    """The largest logits and their tokens; finding no tokens is quicker."""
-    if value_only:
-        best = logits.amax(dim=-1)
-        return best, best
-    return largest(logits)
-
-
 def _draw(logits: Tensor, best: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     """A draw for every row; one without a logit above -inf gets an arbitrary token id."""
-    if logits.device.type != "cpu" or len(logits) <= DRAWN_AT_ONCE:
-        return _draw_at_once(logits, best, rows, positions)
-    parts = (slice(at, at + DRAWN_AT_ONCE) for at in range(0, len(logits), DRAWN_AT_ONCE))
-    return torch.cat([_draw_at_once(logits[p], best[p], rows.part(p), positions[p]) for p in parts])
-
-
-def _draw_at_once(logits: Tensor, best: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     weights = _weights(logits, best, rows.temperature)
     if rows.any_min_p:
         _keep_at_least(weights, weights, (rows.min_p * WEIGHT_SCALE).unsqueeze(1))
@@ -164,7 +162,7 @@ def _weights(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
 
 def _keep_top_k(weights: Tensor, logits: Tensor, rows: SamplingRows) -> None:
     """Zero the weights of tokens under each row's k-th largest logit; tokens equal to it stay."""
-    kept, _ = largest_few(logits, rows.largest_top_k)
+    kept = logits.topk(rows.largest_top_k, dim=-1).values
     kth = kept.gather(1, (rows.top_k - 1).clamp(min=0).unsqueeze(1))
     kth.masked_fill_((rows.top_k == 0).unsqueeze(1), -torch.inf)
     _keep_at_least(weights[:, : logits.shape[1]], logits, kth)
@@ -185,31 +183,17 @@ def _keep_top_p(weights: Tensor, top_p: Tensor) -> None:
 
 
 def _keep_at_least(weights: Tensor, values: Tensor, least: Tensor) -> None:
-    """Zero the weights where `values` [rows, some] are below `least` [rows, 1]. A masked fill branches for
-    each token on the CPU; a product does not."""
-    if weights.device.type == "cpu":
-        array = weights.numpy()
-        np.multiply(array, values.numpy() >= least.numpy(), out=array)
-    else:
-        weights.masked_fill_(values < least, 0.0)
+    """Zero the weights where `values` [rows, some] are below `least` [rows, 1]. By a product: on the CPU a
+    masked fill branches for each token."""
+    weights.mul_(values >= least)
 
 
 def threshold_by_sorting(weights: Tensor, needed: Tensor) -> Tensor:
     """The largest t with sum(weights >= t) >= needed, [rows, 1], by sorting each row, which numpy does
-    several times quicker than torch finds its heaviest tokens; of these more and more are summed for rows
-    where the first do not suffice."""
-    ordered, goals = np.sort(weights.numpy(), axis=1)[:, ::-1], needed.numpy()
-    threshold = np.zeros((len(ordered), 1), ordered.dtype)
-    open_rows, count = np.arange(len(ordered)), TOP_P_FIRST_TRY
-    while open_rows.size:
-        heaviest = ordered[open_rows, :count]
-        reached = heaviest.cumsum(axis=1, dtype=np.float64) >= goals[open_rows]
-        found = reached.any(axis=1)
-        threshold[open_rows[found], 0] = heaviest[found, reached.argmax(axis=1)[found]]
-        if count >= ordered.shape[1]:
-            break
-        open_rows, count = open_rows[~found], count * 16
-    return torch.from_numpy(threshold)
+    several times quicker than torch."""
+    ordered = np.sort(weights.numpy(), axis=1)[:, ::-1]
+    reached = ordered.cumsum(axis=1, dtype=np.float64) >= needed.numpy()
+    return torch.from_numpy(np.take_along_axis(ordered, reached.argmax(axis=1)[:, None], axis=1))
 
 
 def threshold_by_bisection(weights: Tensor, needed: Tensor) -> Tensor:

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from chiron_kernels.cpu import sampling as compiled
 from torch import Tensor
 
+from chiron_engine.model.cpu_kernels import kernels_for
 from chiron_engine.policy.iteration.plan import TokenLogprobs
 
-from .row_maxima import largest_few
 from .uploads import IntArray, upload_array
 
-ROWS_AT_ONCE = 4
-"""Of logits that are copied on the CPU: few enough for its cache."""
-ROWS_AT_ONCE_ON_GPU = 32
+ROWS_AT_ONCE = 32
+"""Of logits that are copied."""
 
 
 @dataclass(slots=True)
@@ -69,16 +69,26 @@ class LogprobTable:
 
 def logprobs_of(logits: Tensor, tokens: Tensor, of: LogprobRows) -> Logprobs:
     """logits: [rows, vocab] float32, as the model gave them. tokens: int64 [rows], those chosen."""
-    most, chosen, ids, top = max(of.counts), [], [], []
-    at_once = ROWS_AT_ONCE if logits.device.type == "cpu" else ROWS_AT_ONCE_ON_GPU
-    for rows in of.rows.split(at_once):
+    most = min(max(of.counts), logits.shape[1])
+    kernels = kernels_for(logits.device)
+    if kernels is not None:
+        return Logprobs(of, *compiled.token_logprobs(kernels, logits, of.rows, tokens, most))
+    return Logprobs(of, *_logprobs_with_torch(logits, tokens, of.rows, most))
+
+
+def _logprobs_with_torch(
+    logits: Tensor, tokens: Tensor, of_rows: Tensor, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the chosen tokens [N], and ids and those of the `most` likeliest [N, most]."""
+    chosen, ids, top = [], [], []
+    for rows in of_rows.split(ROWS_AT_ONCE):
         some = logits.index_select(0, rows)
         total = torch.logsumexp(some, dim=-1, keepdim=True)
         chosen.append((some.gather(1, tokens[rows].unsqueeze(1)) - total).squeeze(1))
-        best, places = largest_few(some, min(most, some.shape[1]))
+        best, places = some.topk(most, dim=-1)
         ids.append(places)
         top.append(best - total)
-    return Logprobs(of, torch.cat(chosen), torch.cat(ids), torch.cat(top))
+    return torch.cat(chosen), torch.cat(ids), torch.cat(top)
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from chiron_engine.model.cpu_kernels import kernels_for
 from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
+from chiron_engine.runtime import sampler
 from chiron_engine.runtime.sampler import (
     RACE_BLOCK,
     SamplingRows,
@@ -21,6 +23,15 @@ from chiron_engine.runtime.sampler import (
 from chiron_engine.runtime.sampling_noise import exponentials, item_keys, random_bits
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two samplers has to pass."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampler, "kernels_for", lambda device: None)
+    elif kernels_for(CPU) is None:
+        pytest.skip("no compiled kernels here")
 
 
 def rows_for(params: list[SamplingParams], seeds: list[int], vocab: int) -> SamplingRows:
