@@ -136,11 +136,12 @@ class LlamaModel:
         delta = None
         for index, layer in enumerate(self._layers):
             x, normed = ops.add_norm(x, delta, layer.input_norm, eps)
-            delta = self._attend(index, layer, normed, angles, batch, pool)
-            x, normed = ops.add_norm(x, delta, layer.mlp_norm, eps)
+            attended = self._attend(index, layer, normed, angles, batch, pool)
+            if layer is self._layers[-1]:  # of the other rows only keys and values were wanted
+                x, attended = x[sample_rows], attended[sample_rows]
+            x, normed = ops.add_norm(x, layer.output(attended), layer.mlp_norm, eps)
             delta = layer.down(layer.gated(normed))
-        last = None if delta is None else delta[sample_rows]
-        _, normed = ops.add_norm(x[sample_rows], last, self._norm, eps)
+        _, normed = ops.add_norm(x, delta, self._norm, eps)
         return self._head(normed).float()
 
     def _attend(
@@ -162,7 +163,7 @@ class LlamaModel:
         q, k = self._ops.rotated(heads, queries + keys, angles).split((queries, keys), dim=1)
         scale = config.head_dim**-0.5
         attended = self._attention.attend(index, q, k, v, pool, batch, scale, layer.window, None, None)
-        return layer.output(attended.flatten(1))
+        return attended.flatten(1)
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight.shape, weight, self.config.norm_eps)
