@@ -63,6 +63,10 @@ def has_vnni() -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))
 
 
+class MachineUnsuited(KernelsUnavailable):
+    """The CPU has not what they need, or there is no compiler: nothing is broken."""
+
+
 @functools.cache
 def open_library(cache: Path) -> ctypes.CDLL:
     """The kernels, compiled into folder `cache` at first use. Raises KernelsUnavailable."""
@@ -87,11 +91,11 @@ def open_library(cache: Path) -> ctypes.CDLL:
 
 def _check_machine() -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
-        raise KernelsUnavailable(f"the compiled kernels are for x86-64, not {platform.machine()}")
+        raise MachineUnsuited(f"the compiled kernels are for x86-64, not {platform.machine()}")
     capabilities = torch.cpu.get_capabilities()
     lacking = [name for name in FEATURES if not capabilities.get(name, False)]
     if lacking:
-        raise KernelsUnavailable(f"the CPU lacks {', '.join(lacking)}")
+        raise MachineUnsuited(f"the CPU lacks {', '.join(lacking)}")
 
 
 def _compiler() -> str:
@@ -99,7 +103,7 @@ def _compiler() -> str:
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise KernelsUnavailable("there is no C compiler (gcc) on the PATH")
+    raise MachineUnsuited("there is no C compiler (gcc) on the PATH")
 
 
 def _load(built: Path) -> ctypes.CDLL | None:
