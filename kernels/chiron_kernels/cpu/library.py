@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -130,7 +131,9 @@ def _compile(compiler: str, built: Path) -> None:
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent, prefix="compiling-") as folder:
-            objects = [_compile_file(compiler, file, Path(folder)) for file in sorted(SOURCE.glob("*.c"))]
+            with ThreadPoolExecutor() as compilers:
+                compile_file = functools.partial(_compile_file, compiler, Path(folder))
+                objects = list(compilers.map(compile_file, sorted(SOURCE.glob("*.c"))))
             # Without -fopenmp here: that would load a second OpenMP beside torch's.
             linked = Path(folder) / built.name
             _run([compiler, "-shared", *map(str, objects), "-lm", "-o", str(linked)])
@@ -141,7 +144,7 @@ def _compile(compiler: str, built: Path) -> None:
         raise KernelsUnavailable(f"cannot write {built}: {error}") from error
 
 
-def _compile_file(compiler: str, file: Path, folder: Path) -> Path:
+def _compile_file(compiler: str, folder: Path, file: Path) -> Path:
     out = folder / f"{file.stem}.o"
     _run([compiler, *FLAGS, *MORE_FLAGS.get(file.name, ()), "-c", str(file), "-o", str(out)])
     return out
