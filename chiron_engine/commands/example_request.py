@@ -24,7 +24,7 @@ def example_request(address: str, text: ModelText) -> str:
     chat = text.has_chat_template
     words = [*_chiron(), "generate", "--server", address, "--temperature", "0"]
     words += (
-        ["--chat", "What is the capital of France?"] if chat else ["--max-tokens", "32", "Once upon a time"]
+        ["--chat", "What is the capital of Japan?"] if chat else ["--max-tokens", "32", "Once upon a time"]
     )
     return " ".join(shlex.quote(word) if " " not in word else f'"{word}"' for word in words)
 

@@ -23,8 +23,8 @@ pytestmark = [
 ]
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-# Ones that the model itself gets right, by a wide margin, in float32 and bfloat16.
-CAPITALS = {"France": "Paris", "Germany": "Berlin", "Japan": "Tokyo"}
+# Ones whose tokens the model chooses by a wide margin in float32, bfloat16 and int8: 0.47 at least, of logarithms.
+CAPITALS = {"Egypt": "Cairo", "Germany": "Berlin", "Japan": "Tokyo"}
 
 
 def test_serve_answers_many_clients_sensibly() -> None:
@@ -43,7 +43,7 @@ def test_serve_answers_many_clients_sensibly() -> None:
         engines = server.engine_pids()
         pasted = subprocess.run(request, shell=True, capture_output=True, text=True, timeout=120)
         assert pasted.returncode == 0, pasted.stderr
-        assert "Paris" in pasted.stdout
+        assert "Tokyo" in pasted.stdout
 
         words = request.split()
         address = words[words.index("--server") + 1]
