@@ -127,10 +127,20 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:
+    _whole(name, value)
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must be between {low} and {high}")
 
 
 def _at_least(name: str, value: int | None, low: int) -> None:
-    if value is not None and value < low:
+    if value is None:
+        return
+    _whole(name, value)
+    if value < low:
         raise ValueError(f"{name} is {value}; it must be at least {low}")
+
+
+def _whole(name: str, value: object) -> None:
+    """Sizes with units, as `256MiB`, are the command line's: here they are bytes."""
+    if not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")

@@ -322,3 +322,9 @@ def test_llm_refuses_unknown_and_bad_options() -> None:
         LLM("smollm2", max_seqs=4)
     with pytest.raises(ValueError, match="dtype is 'int3'"):
         LLM("smollm2", dtype="int3")
+
+
+@pytest.mark.parametrize("name", ["kv_cache_memory", "swap_space", "max_num_seqs", "seed"])
+def test_a_number_with_a_unit_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is '256MiB'; it must be a whole number"):
+        LLM("smollm2", **{name: "256MiB"})
