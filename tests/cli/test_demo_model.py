@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-# Ones whose tokens the model chooses by a wide margin in float32, bfloat16 and int8: 0.47 at least, of logarithms.
+# Ones whose tokens the model chooses by a wide margin, 0.47 of a logarithm, in float32, bfloat16 and int8.
 CAPITALS = {"Egypt": "Cairo", "Germany": "Berlin", "Japan": "Tokyo"}
 
 
