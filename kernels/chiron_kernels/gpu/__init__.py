@@ -1,0 +1,11 @@
+"""Triton kernels of the hot path.
+
+Each module holds one kernel: the kernel itself, `<name>_launch(...)`, which checks the arguments and
+returns a `Launch`, and `<name>(...)`, which launches. A torch reference of the same name and signature
+is in `chiron_kernels.reference`.
+
+The configuration of a launch (tile sizes, warps, stages) follows from shapes and dtypes alone, by plain
+conditions: nothing is tuned while serving, nothing is read back from the device, and a launch may be
+captured in a CUDA graph. As a `Launch` of tensors on torch's `meta` device compiles like any other, what
+the compile gate compiles ahead of time is what the engine runs.
+"""

@@ -1,0 +1,45 @@
+"""A kernel with everything it is launched with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.runtime.driver import driver
+
+Grid = tuple[int, ...]
+HOPPER = 90
+
+
+def target_architecture() -> int:
+    """Compute capability of the GPU that kernels are for, times 10: 80, 90, 100. The interpreter can do what
+    Hopper can."""
+    if triton.knobs.runtime.interpret:
+        return HOPPER
+    return int(driver.active.get_current_target().arch)
+
+
+@dataclass(slots=True, eq=False)
+class Launch:
+    """kernel: a `triton.jit` function. grid: programs along up to three axes. arguments: by name, constants
+    included. num_warps: of 32 threads, for each program. num_stages: depth of the software pipeline."""
+
+    kernel: Any
+    grid: Grid
+    arguments: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def run(self) -> None:
+        """Queue the kernel on the current stream. A grid without programs queues nothing."""
+        if 0 in self.grid:
+            return
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+    def compile(self) -> Any:
+        """The compiled kernel for the current target, not launched."""
+        return self.kernel.warmup(
+            grid=self.grid, **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+        )
