@@ -62,10 +62,9 @@ def score(model: CausalLM, prompt: list[int], continuation: list[int]) -> torch.
     found = []
     for start in range(0, len(ids) - 1, CHUNK):
         position = torch.arange(start, min(start + CHUNK, len(ids) - 1))
-        blocks = table[: int(position[-1]) // BLOCK + 1]
-        chunk = ChunkRows(0, len(position), start, blocks)
+        chunk = ChunkRows(0, len(position), start, slot=0)
         where = table[position // BLOCK], position % BLOCK
-        batch = AttentionBatch(0, none.view(0, 0), none, 0, [chunk], *where)
+        batch = AttentionBatch(0, table[None], none, none, 0, [chunk], *where)
         wanted = torch.nonzero(position >= len(prompt) - 1).flatten()
         logits = model.forward(ids[position], position, batch, pool, wanted)
         told = torch.log_softmax(logits.double(), dim=-1)

@@ -15,13 +15,13 @@ from chiron_engine.model.kv_pool import KvPool
 
 @dataclass(slots=True, eq=False)
 class ChunkRows:
-    """Rows [row_start, row_start + count) continue one request whose first `context` tokens have
-    their KV in the pool. table: int64 [ceil((context + count) / block_size)] block ids."""
+    """Rows [row_start, row_start + count) continue the request of `slot`, whose first `context` tokens
+    have their KV in the pool."""
 
     row_start: int
     count: int
     context: int
-    table: torch.Tensor
+    slot: int
 
 
 @dataclass(slots=True, eq=False)
@@ -29,18 +29,24 @@ class AttentionBatch:
     """The packed rows of one forward pass: `num_decodes` rows of one token each, then the chunks'
     rows one after another.
 
-    decode_tables: int64 [num_decodes, W] block ids padded with 0, W the blocks that cover
-    max_decode_len. decode_lens: int64 [num_decodes], the KV length a row attends to, its own token
-    included. write_blocks, write_offsets: int64 [T], where each row's keys and values go.
+    tables: int64 [slots, W] block ids, the block table of every slot; nothing is said of what is past a
+    request's last block. decode_slots: int64 [num_decodes]. decode_lens: int64 [num_decodes], the KV
+    length a row attends to, its own token included. write_blocks, write_offsets: int64 [T], where each
+    row's keys and values go.
     """
 
     num_decodes: int
-    decode_tables: torch.Tensor
+    tables: torch.Tensor
+    decode_slots: torch.Tensor
     decode_lens: torch.Tensor
     max_decode_len: int
     chunks: list[ChunkRows]
     write_blocks: torch.Tensor
     write_offsets: torch.Tensor
+
+    def chunk_table(self, chunk: ChunkRows, block_size: int) -> torch.Tensor:
+        """The blocks that hold a chunk and what is before it, int64, a view."""
+        return self.tables[chunk.slot, : -(-(chunk.context + chunk.count) // block_size)]
 
 
 class AttentionBackend(Protocol):
@@ -130,7 +136,7 @@ class TorchAttention:
             rows = slice(chunk.row_start, chunk.row_start + chunk.count)
             keys, values = k[rows], v[rows]
             if chunk.context:
-                past = gather_kv(kv, chunk.table)[: chunk.context + chunk.count]
+                past = gather_kv(kv, batch.chunk_table(chunk, pool.block_size))[: chunk.context + chunk.count]
                 keys, values = past[:, 0], past[:, 1]
             out[rows] = chunk_attention(q[rows], keys, values, mask, scale, softcap, sinks)
         return out
@@ -219,13 +225,13 @@ def _decode_group(
     window: int | None,
     dtype: torch.dtype,
 ) -> _DecodeGroup:
-    tables, lens = batch.decode_tables, batch.decode_lens
+    slots, lens = batch.decode_slots, batch.decode_lens
     if rows is not None:
-        tables, lens, first_block = tables[rows], lens[rows], first_block[rows]
+        slots, lens, first_block = slots[rows], lens[rows], first_block[rows]
     last_block = (lens - 1) // block_size
     columns = first_block[:, None] + torch.arange(width, device=lens.device)
     # Past a row's last block read that block again: no row reads a block that is not its own.
-    tables = tables.gather(1, columns.clamp(max=last_block[:, None]))
+    tables = batch.tables[slots[:, None], columns.clamp(max=last_block[:, None])]
     first = first_block * block_size
     mask = decode_mask(lens, first, width * block_size, window, dtype)
     stale = (first[:, None] + torch.arange(width * block_size, device=lens.device)) >= lens[:, None]

@@ -77,9 +77,9 @@ def _packed_heads(x: torch.Tensor) -> torch.Tensor:
 
 def _runs_of(batch: AttentionBatch, longest: int) -> RunTable:
     runs = [
-        chunk_runs(chunk.row_start, chunk.count, chunk.context, chunk.table, longest)
+        chunk_runs(chunk.row_start, chunk.count, chunk.context, batch.tables[chunk.slot], longest)
         for chunk in batch.chunks
     ]
     if batch.num_decodes:
-        runs.append(decode_runs(batch.decode_tables, batch.decode_lens))
+        runs.append(decode_runs(batch.tables, batch.decode_slots, batch.decode_lens))
     return np.concatenate(runs)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -229,18 +230,20 @@ def pack_step(
         positions.append(position)
         blocks.append(tables[request][position // block_size])
         if (request, start, count) in chunks:
-            table = tables[request][: -(-(start + count) // block_size)]
-            described.append(ChunkRows(row, count, start, table))
+            described.append(ChunkRows(row, count, start, request))
         row += count
     lens = torch.tensor([start + 1 for _, start, _ in decodes], dtype=torch.int64)
     longest = int(lens.max()) if decodes else 0
-    width = -(-longest // block_size)
-    padded = torch.zeros(len(decodes), width, dtype=torch.int64)
-    for index, (request, _, _) in enumerate(decodes):
-        table = tables[request][:width]
-        padded[index, : len(table)] = table
+    slots = torch.tensor([request for request, _, _ in decodes], dtype=torch.int64)
     position = torch.cat(positions)
     batch = AttentionBatch(
-        len(decodes), padded, lens, longest, described, torch.cat(blocks), position % block_size
+        len(decodes),
+        pad_sequence(tables, batch_first=True),
+        slots,
+        lens,
+        longest,
+        described,
+        torch.cat(blocks),
+        position % block_size,
     )
     return rows, batch, torch.cat(ids), position

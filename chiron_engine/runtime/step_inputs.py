@@ -55,12 +55,10 @@ class StepInputs:
 
 
 class DecodeRows:
-    """What is derived from one DecodeBatch, kept for as long as the plan carries the same object.
+    """What is derived from one DecodeBatch, kept for as long as the plan carries the same object. A
+    steady step adds one to `lens`."""
 
-    A steady step adds one to `lens` and, where a table grew, gathers the tables again.
-    """
-
-    def __init__(self, batch: DecodeBatch, states: SlotStates, block_size: int) -> None:
+    def __init__(self, batch: DecodeBatch, states: SlotStates) -> None:
         self.batch = batch
         self.slots_on_host: IntArray = np.array(batch.slots, np.int64)
         self.slots = upload_array(self.slots_on_host, states.device)
@@ -72,19 +70,11 @@ class DecodeRows:
         lengths = states.lengths[self.slots_on_host]
         self.lens = upload_array(lengths, states.device)
         self.max_len = int(lengths.max()) if len(lengths) else 0
-        self._block_size = block_size
-        self._gather_tables(states)
 
-    def advance(self, states: SlotStates, tables_grew: bool) -> None:
+    def advance(self) -> None:
         """One step later, the same requests."""
         self.lens += 1
         self.max_len += 1
-        if tables_grew or -(-self.max_len // self._block_size) != self.tables.shape[1]:
-            self._gather_tables(states)
-
-    def _gather_tables(self, states: SlotStates) -> None:
-        width = -(-self.max_len // self._block_size)
-        self.tables = states.device_tables[:, :width].index_select(0, self.slots)
 
 
 class StepPacker:
@@ -93,25 +83,25 @@ class StepPacker:
     def __init__(self, states: SlotStates, block_size: int) -> None:
         self._states = states
         self._block_size = block_size
-        self._decodes = DecodeRows(NO_DECODES, states, block_size)
+        self._decodes = DecodeRows(NO_DECODES, states)
 
     def pack(self, plan: StepPlan) -> StepInputs:
         """The inputs of the plan's forward pass. Call once per plan, after `SlotStates.apply`; where it
         has drafts, `SlotStates.settle_drafts` is to follow."""
         decodes = self._advance_decodes(plan)
         positions = decodes.lens - 1
-        block_index = positions // self._block_size
-        write_blocks = decodes.tables.gather(1, block_index.unsqueeze(1)).squeeze(1)
+        tables = self._states.device_tables
         inputs = StepInputs(
             input_ids=self._states.last_tokens.index_select(0, decodes.slots),
             positions=positions,
             batch=AttentionBatch(
                 num_decodes=len(plan.decode.slots),
-                decode_tables=decodes.tables,
+                tables=tables,
+                decode_slots=decodes.slots,
                 decode_lens=decodes.lens,
                 max_decode_len=decodes.max_len,
                 chunks=[],
-                write_blocks=write_blocks,
+                write_blocks=tables[decodes.slots, positions // self._block_size],
                 write_offsets=positions % self._block_size,
             ),
             sample_rows=decodes.rows,
@@ -136,16 +126,16 @@ class StepPacker:
 
     def _advance_decodes(self, plan: StepPlan) -> DecodeRows:
         if plan.decode is not self._decodes.batch:
-            self._decodes = DecodeRows(plan.decode, self._states, self._block_size)
+            self._decodes = DecodeRows(plan.decode, self._states)
         elif plan.decode.slots:
-            self._decodes.advance(self._states, bool(plan.grown))
+            self._decodes.advance()
         return self._decodes
 
     def _add_runs(self, plan: StepPlan, inputs: StepInputs) -> None:
         """Append the rows of the chunks and the drafts, and those of them that sample."""
         states, device = self._states, self._states.device
         runs: list[Run] = [*plan.chunks, *plan.drafts]
-        inputs.batch.chunks = self._chunk_rows(runs, inputs.batch.num_decodes)
+        inputs.batch.chunks = _chunk_rows(runs, inputs.batch.num_decodes)
         packed = upload_array(np.concatenate([self._columns(run) for run in runs], axis=1), device)
         inputs.input_ids = torch.cat((inputs.input_ids, packed[0]))
         inputs.positions = torch.cat((inputs.positions, packed[1]))
@@ -170,15 +160,6 @@ class StepPacker:
         inputs.guides = states.guides.rows(slots, inputs.batch.num_decodes)
         inputs.logprobs = states.logprobs.rows(slots)
 
-    def _chunk_rows(self, runs: Sequence[Run], row: int) -> list[ChunkRows]:
-        found = []
-        for run in runs:
-            blocks = -(-(run.start + run.count) // self._block_size)
-            table = self._states.device_tables[run.slot, :blocks]
-            found.append(ChunkRows(row_start=row, count=run.count, context=run.start, table=table))
-            row += run.count
-        return found
-
     def _columns(self, run: Run) -> IntArray:
         """Token, position, block and offset of each row of a run: [4, count]."""
         positions = np.arange(run.start, run.start + run.count)
@@ -188,6 +169,15 @@ class StepPacker:
         else:
             tokens = self._states.known_tokens(run.slot, run.start, run.count)
         return np.stack((tokens, positions, blocks, positions % self._block_size))
+
+
+def _chunk_rows(runs: Sequence[Run], row: int) -> list[ChunkRows]:
+    """Where the rows of the runs lie, the first of them at `row`."""
+    found = []
+    for run in runs:
+        found.append(ChunkRows(row_start=row, count=run.count, context=run.start, slot=run.slot))
+        row += run.count
+    return found
 
 
 def _sampled(run: Run) -> range:

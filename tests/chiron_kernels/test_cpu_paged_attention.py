@@ -48,7 +48,7 @@ class Sequence:
 
     def runs(self, row: int, longest: int) -> RunTable:
         if self.count == 1:
-            runs = decode_runs(self.table[None], torch.tensor([self.context + 1]))
+            runs = decode_runs(self.table[None], torch.tensor([0]), torch.tensor([self.context + 1]))
             runs[:, 0] = row
             return runs
         return chunk_runs(row, self.count, self.context, self.table, longest)

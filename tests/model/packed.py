@@ -45,16 +45,16 @@ def greedy(model: Any, prompt: list[int], count: int, chunk: int = 16, block_siz
         for start in range(0, len(prompt), chunk):
             ids = torch.tensor(prompt[start : start + chunk])
             position = torch.arange(start, start + len(ids))
-            rows = ChunkRows(0, len(ids), start, table[: -(-(start + len(ids)) // block_size)])
+            rows = ChunkRows(0, len(ids), start, slot=0)
             where = table[position // block_size], position % block_size
-            batch = AttentionBatch(0, none.view(0, 0), none, 0, [rows], *where)
+            batch = AttentionBatch(0, table[None], none, none, 0, [rows], *where)
             logits = model.forward(ids, position, batch, pool, torch.tensor([len(ids) - 1]))
         tokens.append(int(logits.argmax()))
         while len(tokens) < len(prompt) + count:
             length, position = len(tokens), torch.tensor([len(tokens) - 1])
             where = table[position // block_size], position % block_size
-            tables = table[None, : -(-length // block_size)]
-            batch = AttentionBatch(1, tables, torch.tensor([length]), length, [], *where)
+            slots, lens = torch.tensor([0]), torch.tensor([length])
+            batch = AttentionBatch(1, table[None], slots, lens, length, [], *where)
             logits = model.forward(torch.tensor(tokens[-1:]), position, batch, pool, torch.tensor([0]))
             tokens.append(int(logits.argmax()))
     return tokens[len(prompt) :]

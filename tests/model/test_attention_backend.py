@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from chiron_kernels.torch_attention import chunk_attention, chunk_mask
+from torch.nn.utils.rnn import pad_sequence
 
 from chiron_engine.model.attention import AttentionBatch, ChunkRows, TorchAttention
 from chiron_engine.model.kv_pool import KvPool
@@ -39,18 +40,16 @@ class Requests:
         self.order = decodes + chunks
         lens = torch.tensor([self.lengths[i] for i in decodes], dtype=torch.int64)
         longest = int(lens.max()) if decodes else 0
-        tables = torch.zeros(len(decodes), -(-longest // BLOCK), dtype=torch.int64)
-        for row, i in enumerate(decodes):
-            tables[row, : len(self.tables[i])] = self.tables[i]
         rows, described = len(decodes), []
         for i in chunks:
             new = self.news[i]
-            described.append(ChunkRows(rows, new, self.lengths[i] - new, self.tables[i]))
+            described.append(ChunkRows(rows, new, self.lengths[i] - new, i))
             rows += new
         positions = [torch.arange(self.lengths[i] - self.news[i], self.lengths[i]) for i in self.order]
         blocks = torch.cat([self.tables[i][p // BLOCK] for i, p in zip(self.order, positions, strict=True)])
         offsets = torch.cat(positions) % BLOCK
-        return AttentionBatch(len(decodes), tables, lens, longest, described, blocks, offsets)
+        tables, slots = pad_sequence(self.tables, batch_first=True), torch.tensor(decodes, dtype=torch.int64)
+        return AttentionBatch(len(decodes), tables, slots, lens, longest, described, blocks, offsets)
 
     def new_rows(self, of: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([of[i][self.lengths[i] - self.news[i] :] for i in self.order])

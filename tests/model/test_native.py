@@ -106,8 +106,8 @@ def packed_bfloat16(model: Any, prompts: list[torch.Tensor]) -> list[torch.Tenso
     for prompt in prompts:
         position = torch.arange(len(prompt))
         pool = KvPool(4, 16, model.spec.layers, torch.bfloat16)
-        rows = ChunkRows(0, len(prompt), 0, torch.arange(-(-len(prompt) // 16)))
-        batch = AttentionBatch(0, none.view(0, 0), none, 0, [rows], position // 16, position % 16)
+        rows, table = ChunkRows(0, len(prompt), 0, slot=0), torch.arange(pool.num_blocks)
+        batch = AttentionBatch(0, table[None], none, none, 0, [rows], position // 16, position % 16)
         with torch.inference_mode():
             out.append(model.forward(prompt, position, batch, pool, position))
     return out

@@ -21,21 +21,21 @@ def can_attend(head_dim: int, dtype: torch.dtype) -> bool:
     return fits and dtype in STORAGE and (dtype == torch.float32 or head_dim % 2 == 0)
 
 
-def decode_runs(tables: torch.Tensor, lens: torch.Tensor) -> RunTable:
-    """Rows 0 .. B - 1 of one token each: tables int64 [B, W] contiguous, lens int64 [B] with the row's
-    own token. The tables must outlive the runs."""
+def decode_runs(tables: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor) -> RunTable:
+    """Rows 0 .. B - 1 of one token each: slots int64 [B], the row of its block table in `tables`, int64
+    [S, W] with dense rows; lens int64 [B] with the row's own token. The tables must outlive the runs."""
     rows = len(lens)
     runs = np.ones((rows, RUN_FIELDS), np.int64)
     runs[:, 0] = np.arange(rows)
     runs[:, 2] = lens.numpy() - 1
-    runs[:, 3] = tables.data_ptr() + np.arange(rows) * tables.stride(0) * tables.itemsize
+    runs[:, 3] = tables.data_ptr() + slots.numpy() * tables.stride(0) * tables.itemsize
     return runs
 
 
 def chunk_runs(row: int, count: int, context: int, table: torch.Tensor, longest: int) -> RunTable:
     """Rows row .. row + count - 1, which continue a request after `context` tokens, in runs of at most
-    `longest` rows that begin at multiples of that from the chunk's first. table: int64, contiguous; it
-    must outlive the runs."""
+    `longest` rows that begin at multiples of that from the chunk's first. table: int64, dense; it must
+    outlive the runs."""
     starts = np.arange(0, count, longest)
     runs = np.empty((len(starts), RUN_FIELDS), np.int64)
     runs[:, 0] = row + starts
