@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 GIB = 1 << 30
 DEVICE_NUMBER = re.compile(r"(?<=^cuda:)\d+$", re.ASCII)
@@ -69,6 +70,8 @@ class EngineConfig:
         self._check_simulated()
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", DEVICE_NUMBER.sub("N", self.device), DEVICES)
+        for name in WHOLE:
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         _within("block_size", self.block_size, 1, 4096)
         _at_least("kv_cache_memory", self.kv_cache_memory, 1)
         _at_least("swap_space", self.swap_space, 0)
@@ -99,6 +102,7 @@ POSITIVE = (
     "max_queued_requests",
     "max_queued_tokens",
 )
+WHOLE = (*POSITIVE, "block_size", "kv_cache_memory", "swap_space", "seed", "num_speculative_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +131,20 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:
-    _whole(name, value)
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must be between {low} and {high}")
 
 
 def _at_least(name: str, value: int | None, low: int) -> None:
-    if value is None:
-        return
-    _whole(name, value)
-    if value < low:
+    if value is not None and value < low:
         raise ValueError(f"{name} is {value}; it must be at least {low}")
 
 
-def _whole(name: str, value: object) -> None:
-    """Sizes with units, as `256MiB`, are the command line's: here they are bytes."""
-    if not isinstance(value, int):
+def _whole(name: str, value: object) -> int | None:
+    """A whole number of any type as Python's own, or None. Sizes with units, as `256MiB`, are the command
+    line's: here they are bytes."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    return int(value)

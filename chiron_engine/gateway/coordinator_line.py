@@ -32,7 +32,7 @@ class LineOwner(Protocol):
 
 
 class CoordinatorLine:
-    """Used from one event loop. Orders are carried out one after another."""
+    """Used from one event loop, and not again once closed. Orders are carried out one after another."""
 
     def __init__(self, address: str, model: str, owner: LineOwner) -> None:
         """model: what engines call theirs; empty where that is not known."""

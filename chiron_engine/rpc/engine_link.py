@@ -25,7 +25,7 @@ MAX_COMMAND_TOKENS = 1 << 19
 
 
 class EngineLink:
-    """Keeps one engine connected. Use from one event loop only.
+    """Keeps one engine connected. Use from one event loop only; closed, it is not started again.
 
     on_change: called whenever `is_ready` may have changed. boot_id: of the engine it is for, where that
     is known: another one that answers at the address is left alone.

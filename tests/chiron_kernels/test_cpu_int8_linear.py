@@ -150,3 +150,17 @@ def test_an_input_that_is_not_finite_does_not_become_a_number(vnni_library: ctyp
     x[2, 9] = math.inf
     out = int8_linear(vnni_library, x, pack_int8(vnni_library, torch.randn(32, 64)))
     assert out[0].isfinite().all() and not out[1].isfinite().any() and not out[2].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(3, 128), torch.ones(3, 70).double(), torch.ones(70, 3).T, torch.ones(70), torch.ones(3, 71)],
+)
+def test_an_input_that_does_not_fit_is_refused(vnni_library: ctypes.CDLL, x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"it must be float32 \[rows, 70\], contiguous"):
+        int8_linear(vnni_library, x, pack_int8(vnni_library, torch.ones(32, 70)))
+
+
+def test_gates_without_as_many_others_are_refused(vnni_library: ctypes.CDLL) -> None:
+    with pytest.raises(ValueError, match="a gated weight has 5 rows"):
+        pack_int8(vnni_library, torch.ones(5, 64), gated=True)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from chiron_engine import LLM, SamplingParams
@@ -325,6 +326,13 @@ def test_llm_refuses_unknown_and_bad_options() -> None:
 
 
 @pytest.mark.parametrize("name", ["kv_cache_memory", "swap_space", "max_num_seqs", "seed"])
-def test_a_number_with_a_unit_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is '256MiB'; it must be a whole number"):
-        LLM("smollm2", **{name: "256MiB"})
+@pytest.mark.parametrize("value", ["256MiB", 2.0, True])
+def test_what_is_no_whole_number_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; it must be a whole number"):
+        LLM("smollm2", **{name: value})
+
+
+def test_whole_numbers_of_numpy_are_taken() -> None:
+    config = EngineConfig("m", max_num_seqs=np.int32(4), seed=np.uint64(7))
+    assert (config.max_num_seqs, config.seed) == (4, 7)
+    assert type(config.max_num_seqs) is type(config.seed) is int

@@ -39,7 +39,10 @@ def pack_int8(
     library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False
 ) -> Int8Weight:
     """Round a floating-point weight [outputs, inputs] to 8 bits. gated: its first half are gates, and the
-    product is to be silu(gate) * up. Raises ValueError where it holds anything that is not finite."""
+    product is to be silu(gate) * up. Raises ValueError where it holds anything that is not finite, and for
+    a gated weight with an odd number of rows."""
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"a gated weight has {weight.shape[0]} rows; it must be gates and as many others")
     wanted = weight.shape[0] // 2 if gated else weight.shape[0]
     if gated:
         weight = _interleaved(weight)
@@ -69,7 +72,12 @@ def _interleaved(halves: torch.Tensor) -> torch.Tensor:
 
 def int8_linear(library: ctypes.CDLL, x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
     """x W^T + bias, float32 [T, outputs], or of a gated weight silu(gate) * up; for contiguous float32
-    x [T, inputs]."""
+    x [T, inputs]. Raises ValueError for any other."""
+    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != weight.inputs or not x.is_contiguous():
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)} with strides {list(x.stride())}; it must be float32 "
+            f"[rows, {weight.inputs}], contiguous"
+        )
     if x.shape[1] % TURNED:
         x = pad(x, (0, -x.shape[1] % TURNED))
     rows, inputs = x.shape

@@ -1,8 +1,9 @@
 """From rows of logits to tokens: source/sampling.c.
 
-Logits are float32 [rows, vocab] on the CPU; rows may lie any distance apart, and each is contiguous. What
-is wrong of an argument raises ValueError, which names it, before anything is computed. The result of a row
-depends on that row alone, bit for bit.
+Logits are float32 [rows, vocab] on the CPU; rows may lie any distance apart, and each is contiguous. A
+dtype, a shape or a row number that does not fit raises ValueError, which names the argument, before anything
+is computed; the values of what is asked are the caller's to check. The result of a row depends on that row
+alone, bit for bit.
 """
 
 from __future__ import annotations

@@ -189,7 +189,8 @@ static void multiply_rows(int64_t rows, Activations a, Block block, float *out, 
 }
 
 /* out [rows, outputs] = x [rows, inputs] W^T + bias [outputs] or NULL. inputs is a multiple of 64,
-   outputs of 32. weights [outputs / 32, inputs / 4, 32, 4] plus 128, scales [outputs]. gated: out [rows, outputs / 2] = silu(gate) * up, of blocks as Block says.
+   outputs of 32. weights [outputs / 32, inputs / 4, 32, 4] plus 128, scales [outputs]. gated: out [rows,
+   outputs / 2] = silu(gate) * up, of blocks as Block says.
    values, value_scales, offsets: room for the rounded x, as Activations has it. */
 void chiron_int8_linear(const float *x, int64_t rows, int64_t inputs, int64_t outputs, int64_t gated,
                         const uint8_t *weights, const float *scales, const float *bias, float *out,

@@ -3,8 +3,9 @@
    A run is up to chiron_max_run rows of one request, neighbours in the batch and in the sequence: a decode is
    a run of one. The queries of a run that share a key head go through the keys together, 64 keys at a
    time, with an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). Key tiles begin at
-   multiples of 64 of the position, and a key a row may not see weighs exactly 0, so that the result
-   of a row does not depend on the rows beside it nor on how its prompt was cut into chunks. */
+   multiples of 64 of the position, and a key a row may not see weighs exactly 0, so that, as long as the
+   values of the request are finite, the result of a row does not depend on the rows beside it nor on how
+   its prompt was cut into chunks. What a block holds past the request's end is not read. */
 
 #include <math.h>
 #include <omp.h>
@@ -545,10 +546,11 @@ static int take(const Split *split, int64_t *counter, Task *task) {
 }
 
 /* Stores k and v [rows, kv_heads, head] at write_blocks and write_offsets [rows]; then out [rows,
-   query_heads, head] = attention of q. Rows lie q_stride, k_stride, v_stride floats apart. Every row belongs to one of the `run_count` runs, of at most chiron_max_run(query_heads / kv_heads) rows. */
+   query_heads, head] = attention of q. Rows lie q_stride, k_stride, v_stride floats apart. Every row
+   belongs to one of the `run_count` runs, of at most chiron_max_run(query_heads / kv_heads) rows. */
 void chiron_paged_attention(const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v,
-                            int64_t v_stride, char *pool_data, int64_t block_stride, int64_t block_size, int64_t kv_heads,
-                            int64_t head, int64_t storage, int64_t query_heads, const int64_t *write_blocks,
+                            int64_t v_stride, char *pool_data, int64_t block_stride, int64_t block_size,
+                            int64_t kv_heads, int64_t head, int64_t storage, int64_t query_heads, const int64_t *write_blocks,
                             const int64_t *write_offsets, int64_t rows, const Run *runs, int64_t run_count,
                             float scale, float softcap, int64_t window, const float *sinks, float *out) {
   const Pool pool = {pool_data, block_stride, block_size, kv_heads, head, (Storage)storage};

@@ -1,7 +1,7 @@
 /* From rows of logits to tokens: which are allowed, the likeliest, draws, and how likely tokens were.
 
    What is drawn is what sampler.py of the engine defines, step for step: weights are whole numbers below
-   2^33, so that their sums are exact in doubles, in whatever order they are added. Each row is one thread's
+   2^33, so that sums of 2^20 of them are exact in doubles, in whatever order they are added. Each row is one thread's
    work and depends on nothing but itself. */
 
 #include <float.h>
