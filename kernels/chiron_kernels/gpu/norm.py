@@ -16,34 +16,53 @@ from chiron_kernels.gpu.launch import Launch
 
 WIDEST = 16384
 """Elements of a row that still fit the registers of one program."""
+WARP_WIDTH = 1024
+"""Elements of a row up to which one warp sums it up: 32 of them a thread, and no barrier."""
+SHORT_BYTES = 512
+"""A row up to this long is one load of 16 bytes for each thread of a warp, or less: several go together."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_rms_norm(
     x,  # [T, H] contiguous
     delta,  # [T, H] contiguous; not read unless HAS_DELTA
     weight,  # [H]
     total,  # [T, H] out: x + delta
     normed,  # [T, H] out
+    rows,  # T
     width,  # H
     eps,
     HAS_DELTA: tl.constexpr,
-    TILE: tl.constexpr,  # the power of two from H up: one program holds one row
+    ROWS: tl.constexpr,  # of a program
+    TILE: tl.constexpr,  # the power of two from H up
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, TILE)
-    inside = column < width
-    start = row * width
-    value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, TILE)[None, :]
+    inside = (row < rows) & (column < width)
+    place = row * width + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    # Read before the sum is known, so that its load is under way meanwhile.
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        value += tl.load(delta + start + column, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(delta + place, mask=inside, other=0.0).to(tl.float32)
         # The sum is used as it is stored, so that the norm is that of what the next layer will read.
         rounded = value.to(total.dtype.element_ty)
-        tl.store(total + start + column, rounded, mask=inside)
+        tl.store(total + place, rounded, mask=inside)
         value = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + start + column, (value * scale * gain).to(normed.dtype.element_ty), mask=inside)
+    scale = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / width + eps)
+    tl.store(normed + place, (value * scale * gain).to(normed.dtype.element_ty), mask=inside)
+
+
+def _shape(width: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows of a program, elements of its tile along a row, and warps."""
+    tile = triton.next_power_of_2(width)
+    if tile * itemsize <= SHORT_BYTES:
+        num_warps = 4
+        return num_warps * SHORT_BYTES // (tile * itemsize), tile, num_warps
+    if tile <= WARP_WIDTH:
+        return 1, tile, 1
+    # Two loads of 8 halves a thread, so that registers hold them along with the weight.
+    return 1, tile, tile // 512
 
 
 def add_rms_norm_launch(
@@ -70,23 +89,24 @@ def add_rms_norm_launch(
             check_dtype(name, other, (x.dtype,))
             check_contiguous(name, other)
     check_device(x, delta=delta, weight=weight, total=total, normed=normed)
-    tile = triton.next_power_of_2(width)
+    rows_of_program, tile, num_warps = _shape(width, x.dtype.itemsize)
     return Launch(
         _add_rms_norm,
-        (rows,),
+        (triton.cdiv(rows, rows_of_program),),
         {
             "x": x,
             "delta": x if delta is None else delta,
             "weight": weight,
             "total": total,
             "normed": normed,
+            "rows": rows,
             "width": width,
             "eps": eps,
             "HAS_DELTA": delta is not None,
+            "ROWS": rows_of_program,
             "TILE": tile,
         },
-        # 16 bytes a thread for each load of a half: 8 elements, twice over for the widest rows.
-        num_warps=min(max(tile // 512, 1), 16),
+        num_warps=num_warps,
         num_stages=1,
     )
 

@@ -21,7 +21,9 @@ def tensors(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 576), (5, 1), (2, 4097), (1, WIDEST)])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 64), (35, 64), (5, 256), (3, 576), (5, 1), (2, 4097), (1, WIDEST)]
+)
 @pytest.mark.parametrize("adds", [False, True])
 def test_equals_the_reference(
     rows: int, width: int, dtype: torch.dtype, adds: bool, device: torch.device
