@@ -8,7 +8,14 @@ import torch
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.spec import LayerGeometry
 from chiron_engine.policy.iteration.plan import BlockCopy
-from chiron_engine.runtime.kv_transfer import KvTransfer, Run, contiguous_runs
+from chiron_engine.runtime.kv_transfer import (
+    MANY_RUNS,
+    SHORT_RUN_BYTES,
+    KvTransfer,
+    Run,
+    contiguous_runs,
+    copies_by_kernel,
+)
 
 LAYERS = (LayerGeometry(2, 8), LayerGeometry(1, 16))
 
@@ -32,6 +39,29 @@ def make_pools() -> tuple[KvPool, KvPool]:
 )
 def test_runs(pairs: list[tuple[int, int]], runs: list[Run]) -> None:
     assert list(contiguous_runs([BlockCopy(d, h) for d, h in pairs])) == runs
+
+
+SCATTERED = [BlockCopy(2 * i, 3 * i) for i in range(2 * MANY_RUNS)]
+
+
+@pytest.mark.parametrize(
+    ("copies", "num_runs", "bytes_per_block", "expected"),
+    [
+        (SCATTERED, len(SCATTERED), 64, True),
+        (SCATTERED, len(SCATTERED), SHORT_RUN_BYTES - 64, True),
+        (SCATTERED, len(SCATTERED), SHORT_RUN_BYTES, False),
+        (SCATTERED, MANY_RUNS, SHORT_RUN_BYTES // 4, True),
+        (SCATTERED, MANY_RUNS, SHORT_RUN_BYTES // 2, False),
+        (SCATTERED, MANY_RUNS - 1, 64, False),
+        ([*SCATTERED, BlockCopy(999, 3)], len(SCATTERED) + 1, 64, False),
+        ([*SCATTERED, BlockCopy(2, 999)], len(SCATTERED) + 1, 64, False),
+        ([], 0, 64, False),
+    ],
+)
+def test_many_short_runs_are_for_the_kernel(
+    copies: list[BlockCopy], num_runs: int, bytes_per_block: int, expected: bool
+) -> None:
+    assert copies_by_kernel(copies, num_runs, bytes_per_block) == expected
 
 
 def test_blocks_travel_out_and_in() -> None:
