@@ -1,0 +1,56 @@
+"""A process that compiles cases with the Triton it finds. Started by `scripts.kernel_gate.workers`.
+
+Each line of the standard input is a JSON task: module, case, architecture. Each is answered by a JSON line on
+the standard output: a compiled kernel's figures, or the reason why there are none.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from scripts.kernel_gate.case import Case, load_cases
+from scripts.kernel_gate.machine_code import read_machine_code
+from scripts.kernel_gate.target import WARP_SIZE, compile_for
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+_load = functools.cache(load_cases)
+
+
+def compile_case(case: Case, architecture: int) -> dict[str, Any]:
+    compile_for(architecture)
+    kernel = case.launch().compile()
+    return {
+        "threads": kernel.metadata.num_warps * WARP_SIZE,
+        "dynamic_shared": kernel.metadata.shared,
+        "code": asdict(read_machine_code(kernel.asm["cubin"], architecture, TOOLS)),
+    }
+
+
+def answer(task: dict[str, Any]) -> dict[str, Any]:
+    """Whatever a compiler throws is what there is to report."""
+    try:
+        return compile_case(_load(task["module"])[task["case"]], task["architecture"])
+    except Exception as error:
+        message = " ".join(str(error).split())
+        return {"reason": f"{type(error).__name__}: {message[:500]}"}
+
+
+def main() -> None:
+    # Compilers print what they like: only answers may stand on the standard output.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
