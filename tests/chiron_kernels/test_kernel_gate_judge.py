@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from scripts.kernel_gate.baseline import Size, read_baseline, write_baseline  # noqa: E402
-from scripts.kernel_gate.case import Case  # noqa: E402
-from scripts.kernel_gate.compiled import Compiled, Key  # noqa: E402
-from scripts.kernel_gate.device_limits import blocks_per_multiprocessor  # noqa: E402
-from scripts.kernel_gate.judge import find_faults, find_stale  # noqa: E402
-from scripts.kernel_gate.machine_code import MachineCode, parse_opcodes, parse_resources  # noqa: E402
+from scripts.kernel_gate.baseline import Size, read_baseline, write_baseline
+from scripts.kernel_gate.case import Case
+from scripts.kernel_gate.compiled import Compiled, Key
+from scripts.kernel_gate.device_limits import blocks_per_multiprocessor
+from scripts.kernel_gate.judge import find_faults, find_stale
+from scripts.kernel_gate.machine_code import MachineCode, parse_opcodes, parse_resources
 
 GOOD = MachineCode(
     registers=100,

@@ -1,0 +1,64 @@
+"""Running cases: timed on a GPU, or tried in a tiny shape where there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.case import Case, Prepared
+from benchmarks.peers import Peer, Unsupported, is_installed
+from benchmarks.results import CaseResult, PeerResult
+from benchmarks.timing import Ceilings, copies_for, time_calls
+
+TRIAL_COPIES = 2
+
+
+class WrongResult(Exception):
+    """A kernel is not timed if it is wrong."""
+
+
+def missing_kernels(case: Case) -> list[str]:
+    return [name for name in case.kernels if importlib.util.find_spec(f"chiron_kernels.gpu.{name}") is None]
+
+
+def measure(case: Case, device: torch.device, ceilings: Ceilings, peers: Sequence[Peer]) -> CaseResult:
+    """Raises WrongResult, and whatever a kernel raises."""
+    work = case.work()
+    prepared = case.prepare(device, copies_for(work.bytes, device))
+    error = checked(prepared)
+    timing = time_calls(prepared.calls)
+    compared = [] if prepared.peers is None else [measure_peer(peer, prepared) for peer in peers]
+    return CaseResult(case, work, timing, error, ceilings, compared)
+
+
+def try_out(case: Case, device: torch.device) -> float:
+    """Every call of the case in a tiny shape; the largest relative error. Raises as `measure` does."""
+    prepared = case.tiny().prepare(device, TRIAL_COPIES)
+    return max(checked(prepared, number) for number in range(len(prepared.calls)))
+
+
+def checked(prepared: Prepared, number: int = 0) -> float:
+    """The error of a call's result."""
+    error = prepared.error(number, prepared.calls[number]())
+    if not error <= prepared.limit:
+        raise WrongResult(f"relative error {error:.1e}, limit {prepared.limit:.1e}")
+    return error
+
+
+def measure_peer(peer: Peer, prepared: Prepared) -> PeerResult:
+    """Whatever a peer raises is why it has no time: ours does not depend on it."""
+    inputs = prepared.peers
+    assert inputs is not None
+    if not is_installed(peer):
+        return PeerResult(peer.NAME, reason=f"{peer.PACKAGE} is not installed")
+    try:
+        calls = peer.prepare(inputs)
+        checked(Prepared(calls, inputs.error, prepared.limit))
+        return PeerResult(peer.NAME, time_calls(calls).median)
+    except Unsupported as limit:
+        return PeerResult(peer.NAME, reason=f"does not do {limit}")
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return PeerResult(peer.NAME, reason=f"{type(error).__name__}: {lines[0][:200]}")
