@@ -113,7 +113,8 @@ class AttentionCase:
         query_starts = inputs.numbers(starts)
         contexts = inputs.numbers([request.context for request in self.prompts])
         rows = inputs.numbers(list(range(count)))
-        blocks = query_blocks(query_starts, contexts, starts[-1], self.heads // self.kv_heads)
+        group = self.heads // self.kv_heads
+        blocks = query_blocks(query_starts, contexts, starts[-1], group, self.head_dim)
         longest = max(request.keys for request in self.prompts)
 
         def attend(kv: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ class NormCase:
         calls = [functools.partial(add_rms_norm, x, delta, weight, EPS) for x, delta in data]
 
         def error(call: int, result: tuple[torch.Tensor, torch.Tensor]) -> float:
-            return max(map(relative_error, result, right(*data[call], weight, EPS)))
+            x, delta = data[call]
+            return max(map(relative_error, result, right(x, delta, weight, EPS)))
 
         return Prepared(calls, error, ERROR_LIMIT)

@@ -120,8 +120,8 @@ def estimates(cases: Sequence[Case]) -> str:
     lines = [
         "# Least times on an H100: estimates, nothing was measured",
         "",
-        f"The largest of bytes at {H100.copy / 1e12:g} TB/s, operations at {H100.product / 1e12:g} TFLOP/s and "
-        f"bytes to the host at {H100.to_host / 1e9:g} GB/s.",
+        f"The largest of bytes at {H100.copy / 1e12:g} TB/s, operations at {H100.product / 1e12:g} TFLOP/s "
+        f"and bytes to the host at {H100.to_host / 1e9:g} GB/s.",
         "",
         *table(("case", "MB", "GFLOP", "floor us", "bound by", "goal"), rows),
     ]

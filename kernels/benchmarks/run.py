@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks.case import Case
 from benchmarks.measure import measure, missing_kernels, try_out
-from benchmarks.peers import all_peers
+from benchmarks.peers import Peer, all_peers
 from benchmarks.report import estimates, write_results
 from benchmarks.results import CaseResult
 from benchmarks.tables import all_cases
@@ -27,6 +28,7 @@ from benchmarks.timing import Ceilings, measure_ceilings
 from scripts.gpu_suite.report import folder_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
+FAILED = "FAILED"
 
 
 def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -67,32 +69,58 @@ def dry_run(cases: Sequence[Case]) -> int:
             say(f"tried: {case.name}: relative error {try_out(case, device):.1e}")
         except Exception as error:
             failed += 1
-            say(f"FAILED: {case.name}: {reason_of(error)}")
+            say(f"{FAILED}: {case.name}: {reason_of(error)}")
     say(f"{len(cases)} cases, {failed} failed; nothing was timed")
     return 1 if failed else 0
 
 
-def measure_all(
-    cases: Sequence[Case], device: torch.device, ceilings: Ceilings, deadline: float, peers: bool
-) -> tuple[list[CaseResult], dict[str, str]]:
-    """Results, and why the others have none. deadline: on time.monotonic's clock."""
-    results: list[CaseResult] = []
-    not_run: dict[str, str] = {}
-    beside = all_peers() if peers else []
-    for case in cases:
+def device_lives() -> bool:
+    """Not after a kernel has read or written what is not there: then nothing runs in this process again."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    torch.cuda.empty_cache()
+    return True
+
+
+@dataclass(slots=True)
+class Run:
+    """results, and why the other cases have none. Both grow from case to case."""
+
+    device: torch.device
+    ceilings: Ceilings
+    peers: Sequence[Peer]
+    results: list[CaseResult] = field(default_factory=list)
+    not_run: dict[str, str] = field(default_factory=dict)
+    broken_by: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return any(reason.startswith(FAILED) for reason in self.not_run.values())
+
+    def add(self, case: Case, deadline: float) -> None:
+        """deadline: on time.monotonic's clock."""
         if missing := missing_kernels(case):
-            not_run[case.name] = f"no kernel {', '.join(missing)}"
+            self.not_run[case.name] = f"no kernel {', '.join(missing)}"
+        elif self.broken_by:
+            self.not_run[case.name] = f"the device was lost in {self.broken_by}"
         elif time.monotonic() > deadline:
-            not_run[case.name] = "out of time"
+            self.not_run[case.name] = "out of time"
         else:
-            try:
-                results.append(measure(case, device, ceilings, beside))
-                say(f"{case.name}: {results[-1].measures['us']:,.1f} us")
-            except Exception as error:
-                not_run[case.name] = f"FAILED: {reason_of(error)}"
-                say(f"{case.name}: {not_run[case.name]}")
-        torch.cuda.empty_cache()
-    return results, not_run
+            self._measure(case)
+
+    def _measure(self, case: Case) -> None:
+        try:
+            result = measure(case, self.device, self.ceilings, self.peers)
+        except Exception as error:
+            self.not_run[case.name] = f"{FAILED}: {reason_of(error)}"
+            say(f"{case.name}: {self.not_run[case.name]}")
+        else:
+            self.results.append(result)
+            say(f"{case.name}: {result.measures['us']:,.1f} us")
+        if not device_lives():
+            self.broken_by = case.name
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -135,13 +163,15 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.cuda.set_device(device)
     facts = describe(device)
     ceilings = measure_ceilings(device)
-    deadline = began + arguments.seconds
-    results, not_run = measure_all(cases, device, ceilings, deadline, not arguments.no_peers)
     folder = arguments.out or RESULTS / folder_name(facts["name"])
-    write_results(facts, ceilings, results, not_run, folder)
-    draw(results, ceilings, facts["name"], folder)
-    say(f"{len(results)} cases in {time.monotonic() - began:.0f} s; results in {folder}")
-    return 1 if any(reason.startswith("FAILED") for reason in not_run.values()) else 0
+    run = Run(device, ceilings, [] if arguments.no_peers else all_peers())
+    for case in cases:
+        run.add(case, began + arguments.seconds)
+        # After each, so that whoever ends this process has what was measured until then.
+        write_results(facts, ceilings, run.results, run.not_run, folder)
+    draw(run.results, ceilings, facts["name"], folder)
+    say(f"{len(run.results)} cases in {time.monotonic() - began:.0f} s; results in {folder}")
+    return 1 if run.failed else 0
 
 
 if __name__ == "__main__":

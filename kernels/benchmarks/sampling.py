@@ -44,11 +44,12 @@ class SampleCase:
             each(TEMPERATURE if self.drawn else 0.0, torch.float32),
             each(MIN_P, torch.float32),
             each(TOP_K if self.drawn else 0, torch.int64),
-            each(TOP_P if self.drawn else 1.0, torch.float32),
+            each(TOP_P if self.drawn else 1.0, torch.float64),
             seeds,
             seeds + 1,
         )
-        calls = [functools.partial(sample_rows, rows, *parameters) for rows in logits]
+        asked = {"any_top_k": self.drawn, "any_top_p": self.drawn}
+        calls = [functools.partial(sample_rows, rows, *parameters, **asked) for rows in logits]
 
         def error(call: int, result: tuple[torch.Tensor, torch.Tensor]) -> float:
             """0 or without end: a token may be chosen or it may not."""

@@ -7,6 +7,7 @@ measured.
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from benchmarks.activation import ActivationCase
 from benchmarks.attention import AttentionCase
@@ -35,7 +36,7 @@ def of_copy(percent: float) -> Goal:
 def decode_cases(block_size: int) -> list[AttentionCase]:
     """Llama 3.1 8B (32 query heads, 8 key heads of 128) unless the name says otherwise."""
 
-    def case(name: str, decodes: tuple[int, ...], goal: Goal | None, **shape: int) -> AttentionCase:
+    def case(name: str, decodes: tuple[int, ...], goal: Goal | None, **shape: Any) -> AttentionCase:
         return AttentionCase(
             name=f"{name} page {block_size}", decodes=decodes, block_size=block_size, goal=goal, **shape
         )

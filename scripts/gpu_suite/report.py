@@ -28,7 +28,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["**A trial of the script on a CPU. None of these are GPU figures.**", ""]
     lines += [
         f"torch {device['torch']}, {device['memory_gib']:.1f} GiB, {results['seconds']:.0f} s in all, "
-        f"tests: {_tests(results['tests'])}.",
+        f"tests: {_tests(results['tests'])}; of the kernels: {_tests(results['kernel_tests'])}; "
+        f"microbenchmarks: {_benchmarks(results['microbenchmarks'])}.",
         "",
         *_ceilings(results),
     ]
@@ -42,7 +43,18 @@ def markdown(results: dict[str, Any]) -> str:
 def _tests(tests: dict[str, Any]) -> str:
     if "not_run" in tests:
         return f"not run ({tests['not_run']})"
-    return f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
+    counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
+    return counts + _stopped(tests)
+
+
+def _benchmarks(benchmarks: dict[str, Any]) -> str:
+    if "not_run" in benchmarks:
+        return f"not run ({benchmarks['not_run']})"
+    return "microbenchmarks.md" + (", with failures" if benchmarks["failed"] else "") + _stopped(benchmarks)
+
+
+def _stopped(part: dict[str, Any]) -> str:
+    return f", stopped after {part['stopped_after_s']} s" if "stopped_after_s" in part else ""
 
 
 def _ceilings(results: dict[str, Any]) -> list[str]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,14 +19,13 @@ from chiron_engine.runtime.torch_executor import TorchExecutor
 from chiron_engine.runtime.trial_steps import measure_swap_costs
 from scripts.bench_throughput import random_prompts, run_once
 from scripts.gpu_suite.bandwidth import measure_bandwidth, measure_matmul
+from scripts.gpu_suite.parts import PARTS, run_parts
 from scripts.gpu_suite.random_llama import SHAPES, write_random_llama
 from scripts.gpu_suite.report import folder_name, write_report
 from scripts.gpu_suite.step_grid import COEFFICIENTS, GridPoint, fit_step_time, measure_grid
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "kernels" / "benchmarks" / "results"
-TEST_FOLDERS = ("tests/gpu", "tests/chiron_kernels")
-TEST_SECONDS = 150
 GPU_MODELS = ("smollm2-135m", "llama-3.1-8b")
 TRIAL_MODELS = ("tiny",)
 
@@ -51,32 +47,6 @@ class PhaseTimer:
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self.messages.append(phase)
         self._last = now
-
-
-def run_tests(seconds: float) -> dict[str, Any]:
-    """The tests marked gpu, in a process of their own."""
-    if importlib.util.find_spec("pytest") is None:
-        return {"not_run": "pytest is not installed"}
-    folders = [name for name in TEST_FOLDERS if (ROOT / name).is_dir()]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-        command += ["--continue-on-collection-errors", f"--junitxml={report}", *folders]
-        try:
-            done = subprocess.run(command, cwd=ROOT, timeout=seconds, capture_output=True, text=True)
-        except subprocess.TimeoutExpired:
-            return {"not_run": f"stopped after {seconds:.0f} s"}
-        print(done.stdout[-4000:], file=sys.stderr)
-        return _counts(report) if report.exists() else {"not_run": f"pytest ended with {done.returncode}"}
-
-
-def _counts(report: Path) -> dict[str, Any]:
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    total, failed, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites)
-        for name in ("tests", "failures", "errors", "skipped")
-    )
-    return {"passed": total - failed - errors - skipped, "failed": failed + errors, "skipped": skipped}
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -200,17 +170,17 @@ def main() -> int:
     facts = describe_device(device)
     large = device.type == "cuda"
     skipped: list[str] = []
+    folder = arguments.out or RESULTS / folder_name(facts["name"])
     results: dict[str, Any] = {
         "suite": 1,
         "is_gpu": large,
         "device": facts,
-        "tests": {"not_run": "--no-tests"} if arguments.no_tests else run_tests(TEST_SECONDS),
+        **run_parts(not arguments.no_tests, large, folder),
         "bandwidth": measure_bandwidth(device, GIB if large else 1 << 24),
         "matmul": measure_matmul(device, 8192 if large else 256, torch.bfloat16 if large else torch.float32),
         "models": [],
         "skipped": skipped,
     }
-    folder = arguments.out or RESULTS / folder_name(facts["name"])
     names = arguments.model or (GPU_MODELS if large else TRIAL_MODELS)
     for number, name in enumerate(names, 1):
         # The first models must leave time for the later ones; what is saved is saved after each.
@@ -222,7 +192,7 @@ def main() -> int:
         results["seconds"] = time.monotonic() - began
         write_report(results, folder)
     print(f"{results['seconds']:.0f} s; results in {folder}", file=sys.stderr)
-    failed = results["tests"].get("failed", 0) or len(results["models"]) < len(names)
+    failed = any(results[part].get("failed", 0) for part in PARTS) or len(results["models"]) < len(names)
     return 1 if failed else 0
 
 

@@ -29,7 +29,8 @@ def test_the_script_runs_through_on_a_cpu_and_says_so(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "gpu_suite.json").read_text())
     assert results["is_gpu"] is False
     assert results["device"]["name"] == "cpu-trial"
-    assert results["tests"] == {"not_run": "--no-tests"}
+    assert results["tests"] == results["kernel_tests"] == {"not_run": "--no-tests"}
+    assert results["microbenchmarks"] == {"not_run": "needs a GPU"}
     model = results["models"][0]
     assert set(model["load_phases_s"]) == {"load weights", "KV cache", "warm up"}
     assert {p["decode_requests"] for p in model["grid"]} == {0, 1, 2, 4, 8}

@@ -1,8 +1,8 @@
 """Other implementations of paged attention, to be timed beside ours on the same data.
 
 A peer is a module with NAME, PACKAGE, which it needs, and `prepare(inputs)`: a call for each layer that
-returns [T, Hq, D] as ours does. It raises `Unsupported` for what it has no kernel for. None of them is needed:
-one that is not installed is named in the results.
+returns [T, Hq, D] as ours does. It raises `Unsupported` for what it has no kernel for. None is needed: one
+that is not installed is named in the results.
 """
 
 from __future__ import annotations
