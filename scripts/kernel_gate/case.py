@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ ARCHITECTURES = (80, 90, 100)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """name: unique, starts with the kernel's. launch: called once for each of `architectures`, which are
-    compute capabilities times 10; its tensors are on torch's `meta` device.
+    """name: starts with the kernel's; unique on each architecture, so that a kernel which is another one on
+    another architecture may keep its name. launch: called once for each of `architectures`, which are compute
+    capabilities times 10; its tensors are on torch's `meta` device.
 
     What must hold on top of what holds for every kernel:
     narrow_loads: at most so many loads from global memory take under 16 bytes a thread. None: any number.
@@ -37,10 +37,11 @@ def case_modules() -> list[str]:
     return [f"{__package__}.{path.stem}" for path in sorted(Path(__file__).parent.glob("*_cases.py"))]
 
 
-def load_cases(module: str) -> dict[str, Case]:
-    """The cases of one module, by name. Raises ValueError for two of one name."""
-    cases = importlib.import_module(module).cases()
-    twice = [name for name, count in Counter(case.name for case in cases).items() if count > 1]
-    if twice:
-        raise ValueError(f"{module} has more than one case {twice[0]!r}; each needs a name of its own")
-    return {case.name: case for case in cases}
+def load_cases(module: str) -> dict[tuple[str, int], Case]:
+    """The cases of one module, by name and architecture. Raises ValueError for two of the same."""
+    found: dict[tuple[str, int], Case] = {}
+    for case in importlib.import_module(module).cases():
+        for architecture in case.architectures:
+            if found.setdefault((case.name, architecture), case) is not case:
+                raise ValueError(f"{module} has two cases {case.name!r} for sm_{architecture}")
+    return found

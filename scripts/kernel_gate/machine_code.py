@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -42,6 +43,7 @@ class MachineCode:
     narrow_loads: int
 
 
+@functools.cache  # many cases differ in what no machine code shows, and disassembling takes half a second
 def read_machine_code(cubin: bytes, architecture: int, tools: Path) -> MachineCode:
     """tools: the folder of cuobjdump and nvdisasm. Raises subprocess.CalledProcessError where one fails."""
     with tempfile.TemporaryDirectory() as folder:

@@ -24,8 +24,8 @@ from scripts.kernel_gate.workers import ROOT, Task, Toolchain, compile_all
 GPU_TRITON = Toolchain("3.6.0", ROOT / "build" / "triton-3.6")
 """That of torch 2.11, which GPU machines run. Put there by scripts/kernel_gate.sh."""
 
-Cases = dict[str, dict[str, Case]]
-"""By module and name."""
+Cases = dict[str, dict[tuple[str, int], Case]]
+"""By module, then name and architecture."""
 
 
 def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -64,44 +64,48 @@ def find_toolchains(installed_only: bool) -> list[Toolchain]:
 
 
 def select_cases(modules: Iterable[str], substring: str) -> Cases:
-    """Raises ValueError for two cases of one name."""
+    """Raises ValueError for two cases of one name and architecture."""
     found = {module: load_cases(module) for module in modules}
     for one, other in itertools.combinations(found, 2):
         if both := found[one].keys() & found[other].keys():
-            raise ValueError(f"{one} and {other} both have a case {min(both)!r}")
+            name, architecture = min(both)
+            raise ValueError(f"{one} and {other} both have a case {name!r} for sm_{architecture}")
     return {
-        module: {name: case for name, case in cases.items() if substring in name}
+        module: {key: case for key, case in cases.items() if substring in case.name}
         for module, cases in found.items()
     }
 
 
 def sample_of(cases: Cases) -> Cases:
-    """The first case of each module."""
-    return {module: dict([next(iter(named.items()))]) for module, named in cases.items() if named}
+    """The first case of each module that is for Hopper."""
+    hopper = {
+        module: [(key, case) for key, case in named.items() if key[1] == HOPPER]
+        for module, named in cases.items()
+    }
+    return {module: dict(named[:1]) for module, named in hopper.items()}
 
 
-def plan(cases: Cases, toolchains: Iterable[Toolchain], architecture: int | None = None) -> list[Task]:
-    """architecture: that one alone."""
+def plan(cases: Cases, toolchains: Iterable[Toolchain]) -> list[Task]:
     return [
-        Task(module, name, wanted, toolchain)
+        Task(module, name, architecture, toolchain)
         for toolchain in toolchains
         for module, named in cases.items()
-        for name, case in named.items()
-        for wanted in case.architectures
-        if architecture in (None, wanted)
+        for name, architecture in named
     ]
 
 
 def judge_all(
     results: Iterable[Compiled | NotCompiled], cases: Cases, sizes: dict[Key, baseline.Size]
 ) -> list[Fault]:
-    by_name = {name: case for named in cases.values() for name, case in named.items()}
+    by_key = {key: case for named in cases.values() for key, case in named.items()}
     faults = []
     for result in results:
         if isinstance(result, NotCompiled):
             faults.append(Fault(result.key, f"does not compile: {result.reason}"))
         else:
-            faults += find_faults(result, by_name[result.key.case], sizes.get(result.key))
+            faults += find_faults(
+                result, by_key[result.key.case, result.key.architecture], sizes.get(result.key)
+            )
     return faults
 
 
@@ -132,7 +136,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         say(str(error))
         return 2
-    tasks = plan(sample_of(cases), toolchains, HOPPER) if arguments.sample else plan(cases, toolchains)
+    tasks = plan(sample_of(cases) if arguments.sample else cases, toolchains)
     if not tasks:
         say(f"no case has {arguments.only!r} in its name")
         return 2

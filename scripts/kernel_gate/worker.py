@@ -38,7 +38,7 @@ def compile_case(case: Case, architecture: int) -> dict[str, Any]:
 def answer(task: dict[str, Any]) -> dict[str, Any]:
     """Whatever a compiler throws is what there is to report."""
     try:
-        return compile_case(_load(task["module"])[task["case"]], task["architecture"])
+        return compile_case(_load(task["module"])[task["case"], task["architecture"]], task["architecture"])
     except Exception as error:
         message = " ".join(str(error).split())
         return {"reason": f"{type(error).__name__}: {message[:500]}"}

@@ -50,6 +50,12 @@ def test_what_is_compiled_badly_is_refused_by_name(tmp_path: Path) -> None:
     assert kernels["loads narrowly"]["wide_loads"] == 0
 
 
+def test_two_cases_of_one_name_are_refused() -> None:
+    done = gate("--installed", "--cases", "tests.chiron_kernels.two_of_a_name_cases")
+    assert done.returncode == 2
+    assert "two_of_a_name_cases has two cases 'norm' for sm_90" in done.stderr
+
+
 def test_nothing_to_compile_is_an_error() -> None:
     done = gate("--sample", "--only", "no such kernel")
     assert done.returncode == 2
