@@ -21,7 +21,7 @@ if [[ -z $python ]]; then
   [[ -x .venv/bin/python ]] && python=.venv/bin/python
 fi
 for module in torch triton; do
-  "$python" -c "import $module" 2>/dev/null ||
+  "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)" ||
     die "$python has no $module; run scripts/setup_environment.sh --dev, or set PYTHON"
 done
 

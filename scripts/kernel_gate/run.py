@@ -97,15 +97,14 @@ def plan(cases: Cases, toolchains: Iterable[Toolchain]) -> list[Task]:
 def judge_all(
     results: Iterable[Compiled | NotCompiled], cases: Cases, sizes: dict[Key, baseline.Size]
 ) -> list[Fault]:
-    by_key = {key: case for named in cases.values() for key, case in named.items()}
+    found = {key: case for named in cases.values() for key, case in named.items()}
     faults = []
     for result in results:
         if isinstance(result, NotCompiled):
             faults.append(Fault(result.key, f"does not compile: {result.reason}"))
         else:
-            faults += find_faults(
-                result, by_key[result.key.case, result.key.architecture], sizes.get(result.key)
-            )
+            case = found[result.key.case, result.key.architecture]
+            faults += find_faults(result, case, sizes.get(result.key))
     return faults
 
 

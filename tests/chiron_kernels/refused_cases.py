@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -34,10 +36,17 @@ def _two_bytes_apart() -> Launch:
     return Launch(_centre, (1,), {"x": x, "y": x, "TILE": 1024}, num_warps=1)
 
 
+def _crash() -> Launch:
+    """As a compiler does that runs into its own assertion."""
+    os.write(2, b"assertion failed in a pass\n")
+    os._exit(9)
+
+
 def cases() -> list[Case]:
     return [
-        # 16,384 numbers of 32 bits over 32 threads are 512 registers a thread, which has 255.
-        Case("spills", lambda: _launch(_centre, 16384), architectures=(90,)),
+        # 8,192 numbers of 32 bits over 32 threads are 256 registers a thread, which has 255.
+        Case("spills", lambda: _launch(_centre, 8192), architectures=(90,)),
         Case("loads narrowly", _two_bytes_apart, architectures=(90,), narrow_loads=0),
+        Case("crashes", _crash, architectures=(90,)),
         Case("does not compile", lambda: _launch(_unknown_name, 64), architectures=(90,)),
     ]
