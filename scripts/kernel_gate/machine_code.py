@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import subprocess
 import tempfile
@@ -43,14 +42,13 @@ class MachineCode:
     narrow_loads: int
 
 
-@functools.cache  # many cases differ in what no machine code shows, and disassembling takes half a second
 def read_machine_code(cubin: bytes, architecture: int, tools: Path) -> MachineCode:
     """tools: the folder of cuobjdump and nvdisasm. Raises subprocess.CalledProcessError where one fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         resources = parse_resources(_output([tools / "cuobjdump", "--dump-resource-usage", path]))
-        opcodes = parse_opcodes(_output([tools / "nvdisasm", "-c", path]))
+        opcodes = parse_opcodes(_output([tools / "nvdisasm", "-c", "-ndf", path]))
     if architecture >= 90:
         resources["SHARED"] = max(resources["SHARED"] - SYSTEM_SHARED, 0)
     return _counted(resources, opcodes)

@@ -7,6 +7,7 @@ the standard output: a compiled kernel's figures, or the reason why there are no
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -16,11 +17,14 @@ from typing import Any
 
 import triton
 
+from scripts.kernel_gate import machine_code
 from scripts.kernel_gate.case import Case, load_cases
-from scripts.kernel_gate.machine_code import read_machine_code
 from scripts.kernel_gate.target import WARP_SIZE, compile_for
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+READER = hashlib.sha256(Path(machine_code.__file__).read_bytes()).hexdigest()[:16]
+FIGURES = Path(os.environ["TRITON_CACHE_DIR"]) / f"machine-code-{READER}"
 
 _load = functools.cache(load_cases)
 
@@ -31,8 +35,22 @@ def compile_case(case: Case, architecture: int) -> dict[str, Any]:
     return {
         "threads": kernel.metadata.num_warps * WARP_SIZE,
         "dynamic_shared": kernel.metadata.shared,
-        "code": asdict(read_machine_code(kernel.asm["cubin"], architecture, TOOLS)),
+        "code": figures_of(kernel.asm["cubin"], architecture),
     }
+
+
+def figures_of(cubin: bytes, architecture: int) -> dict[str, int]:
+    """Disassembling takes longer than fetching a kernel from Triton's cache: each cubin is read once, and
+    again when the reader changes."""
+    known = FIGURES / f"{hashlib.sha256(cubin).hexdigest()}.json"
+    if known.exists():
+        return json.loads(known.read_text())
+    figures = asdict(machine_code.read_machine_code(cubin, architecture, TOOLS))
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    own = known.with_suffix(f".{os.getpid()}")
+    own.write_text(json.dumps(figures))
+    own.replace(known)  # at once: others may read it
+    return figures
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
