@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.case import Case
 from benchmarks.results import CaseResult
-from benchmarks.tables import NOT_COVERED
+from benchmarks.tables import NOT_COVERED, SWEEPS, sweep_name
 from benchmarks.timing import REPLAYS, Ceilings
 from scripts.gpu_suite.report import table
 
 NAME = "microbenchmarks"
+
+LARGEST_STEP = 1.25
+"""By so much bandwidth may fall from one point of a sweep to the next."""
 
 H100 = Ceilings(copy=3.0e12, product=798e12, to_host=50e9)
 """Of an H100 80 GB, as published: for estimates."""
@@ -60,10 +64,24 @@ def markdown(
         "",
         *table(("case", "us", "GB/s", "% of copy", "TFLOP/s", "error", "goal", "peers"), _rows(results)),
     ]
+    if steps := falling_steps(results):
+        lines += ["## Steps down in a sweep", "", *(f"- {step}" for step in steps), ""]
     for title, reasons in (("Not run", not_run), ("Not covered", NOT_COVERED)):
         if reasons:
             lines += [f"## {title}", "", *(f"- {name}: {reason}" for name, reason in reasons.items()), ""]
     return "\n".join(lines)
+
+
+def falling_steps(results: Sequence[CaseResult]) -> list[str]:
+    """Where bandwidth falls by more than LARGEST_STEP from a point of a sweep to the next that was timed."""
+    rates = {result.case.name: result.measures["GB/s"] for result in results}
+    found = []
+    for points in SWEEPS.values():
+        timed = [name for name in (sweep_name(*point) for point in points) if name in rates]
+        for before, after in pairwise(timed):
+            if rates[before] > LARGEST_STEP * rates[after]:
+                found.append(f"{before}: {rates[before]:,.0f} GB/s; {after}: {rates[after]:,.0f} GB/s")
+    return found
 
 
 def _rows(results: Sequence[CaseResult]) -> list[tuple[Any, ...]]:

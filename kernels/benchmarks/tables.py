@@ -61,15 +61,27 @@ def decode_cases(block_size: int) -> list[AttentionCase]:
     ]
 
 
-def sweep_cases(block_size: int) -> list[AttentionCase]:
-    """D17: neighbours of a sweep should not differ by a step, as where a rule switches badly."""
-    batches = [(batch, 4 * K) for batch in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)]
-    lengths = [(16, length) for length in (128, 256, 512, K, 2 * K, 8 * K, 16 * K)]
+SWEEPS = {
+    "requests": [(count, 4 * K) for count in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)],
+    "keys": [(16, keys) for keys in (128, 256, 512, K, 2 * K, 4 * K, 8 * K, 16 * K)],
+}
+"""D17: requests and keys of each. Between neighbours bandwidth should not fall by a step, as it does where a
+rule for dividing the work switches too early."""
+
+SWEEP_BLOCK_SIZE = 16
+
+
+def sweep_name(requests: int, keys: int) -> str:
+    return f"D17 {requests} x {keys} page {SWEEP_BLOCK_SIZE}"
+
+
+def sweep_cases() -> list[AttentionCase]:
+    points = dict.fromkeys(point for sweep in SWEEPS.values() for point in sweep)
     return [
         AttentionCase(
-            name=f"D17 {batch} x {length} page {block_size}", decodes=(length,) * batch, block_size=block_size
+            name=sweep_name(requests, keys), decodes=(keys,) * requests, block_size=SWEEP_BLOCK_SIZE
         )
-        for batch, length in batches + lengths
+        for requests, keys in points
     ]
 
 
@@ -140,5 +152,5 @@ def all_cases() -> list[Case]:
         *prefill_cases(64),
         *other_cases(),
         *prefill_cases(16),
-        *sweep_cases(16),
+        *sweep_cases(),
     ]

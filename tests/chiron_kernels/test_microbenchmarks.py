@@ -19,10 +19,10 @@ from benchmarks.measure import WrongResult, checked, measure_peer, missing_kerne
 from benchmarks.norm import NormCase
 from benchmarks.peers import all_peers, is_installed, torch_sdpa
 from benchmarks.plot import plot_roofline
-from benchmarks.report import H100, estimates, markdown, write_results
+from benchmarks.report import H100, estimates, falling_steps, markdown, write_results
 from benchmarks.results import CaseResult, PeerResult
 from benchmarks.run import Run
-from benchmarks.tables import all_cases
+from benchmarks.tables import all_cases, sweep_name
 from benchmarks.timing import Ceilings, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +187,18 @@ def test_the_results_are_written(tmp_path: Path) -> None:
     assert written["cases"][0]["peers"][0]["ratio"] == 0.5
     plot_roofline([result], ceilings, "a device", tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_down_in_a_sweep_is_told() -> None:
+    def result(requests: int, keys: int, gb_per_s: float) -> CaseResult:
+        seconds = 1e-3 / gb_per_s
+        case = replace(NORM, name=sweep_name(requests, keys))
+        return CaseResult(case, Work(bytes=1_000_000), Timing(seconds, seconds, seconds), 0.0, H100)
+
+    results = [result(1, 4096, 500), result(4, 4096, 1900), result(8, 4096, 1600), result(16, 4096, 1200)]
+    assert falling_steps(results) == ["D17 8 x 4096 page 16: 1,600 GB/s; D17 16 x 4096 page 16: 1,200 GB/s"]
+    assert "## Steps down in a sweep" in markdown(FACTS, H100, results, {})
+    assert falling_steps(results[:3]) == []
 
 
 def test_estimates_say_that_they_are() -> None:
