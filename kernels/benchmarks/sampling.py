@@ -48,8 +48,10 @@ class SampleCase:
             seeds,
             seeds + 1,
         )
-        asked = {"any_top_k": self.drawn, "any_top_p": self.drawn}
-        calls = [functools.partial(sample_rows, rows, *parameters, **asked) for rows in logits]
+        calls = [
+            functools.partial(sample_rows, rows, *parameters, any_top_k=self.drawn, any_top_p=self.drawn)
+            for rows in logits
+        ]
 
         def error(call: int, result: tuple[torch.Tensor, torch.Tensor]) -> float:
             """0 or without end: a token may be chosen or it may not."""
