@@ -1,0 +1,163 @@
+"""What the prefill attention is launched with, by shapes alone, and what its arguments must be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
+from chiron_kernels.gpu.launch import HOPPER
+from chiron_kernels.gpu.merge_splits import MOST_SPLITS
+from chiron_kernels.gpu.paged_kv import check_kv, check_tables
+from chiron_kernels.gpu.query_blocks import QueryBlocks
+
+MULTIPROCESSORS = 132
+"""Of an H100 and H200; with another number the splits are as right, and fill that GPU less well."""
+
+LEAST_SPLIT_KEYS = 512
+"""Under this a split costs more to join than it saves."""
+
+TENSOR_ALIGNMENT = 16
+"""Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """keys: of a tile. stages: depth of the pipeline over unmasked tiles. by_tensor: these are loaded by
+    tensor copies, for which a tile must lie in one block."""
+
+    keys: int
+    warps: int
+    stages: int
+    by_tensor: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillShape:
+    """Sizes that arguments share, known to the host."""
+
+    tokens: int
+    chunks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+
+def tiling(shape: PrefillShape, rows: int, kv: torch.Tensor, architecture: int) -> Tiling:
+    """The tiles for blocks of `rows`: found by compiling, the largest and the deepest pipeline that spill no
+    registers."""
+    dim = triton.next_power_of_2(shape.head_dim)
+    if kv.dtype == torch.float32:
+        return Tiling(keys=16, warps=8 if rows > 32 else 4, stages=1, by_tensor=False)
+    if architecture < HOPPER:
+        short = rows < (64 if dim <= 128 else 32)
+        keys = 64 if short or dim <= 64 else 32
+        warps = 8 if dim > 64 or rows >= 64 else 4
+        return Tiling(keys, warps, stages=2 if short and dim > 128 else 3, by_tensor=False)
+    keys = 64 if dim <= 128 else 32
+    warps = 8 if rows > 64 or (dim > 128 and rows > 32) else 4
+    by_tensor = shape.block_size >= keys and aligned_for_tensor_copies(kv)
+    spills = dim <= 64 and rows == 32 and not by_tensor
+    return Tiling(keys, warps, stages=2 if spills else 3, by_tensor=by_tensor)
+
+
+def aligned_for_tensor_copies(kv: torch.Tensor) -> bool:
+    """Whether addresses and strides are multiples of 16 bytes, as tensor copies need."""
+    strides = (stride * kv.element_size() for stride in kv.stride()[:-1])
+    return kv.data_ptr() % TENSOR_ALIGNMENT == 0 and all(s % TENSOR_ALIGNMENT == 0 for s in strides)
+
+
+def choose_splits(
+    shape: PrefillShape, blocks: int, table_width: int, max_len: int | None, window: int | None
+) -> int:
+    """Programs that share the keys of a block: more than one where the blocks alone would leave the GPU idle
+    and there are keys to share. blocks: the most there may be."""
+    if max_len is not None and max_len < 0:
+        raise ValueError(f"max_len is {max_len}; it must be 0 or more")
+    keys = table_width * shape.block_size
+    if max_len is not None:
+        keys = min(keys, max_len)
+    if window is not None:
+        keys = min(keys, window)
+    programs = max(blocks * shape.kv_heads, 1)
+    return max(1, min(MULTIPROCESSORS // programs, keys // LEAST_SPLIT_KEYS, MOST_SPLITS))
+
+
+def check_out(q: torch.Tensor, out: torch.Tensor, sums: torch.Tensor | None) -> None:
+    """out: as q; with sums, float32 [P, T, Hq], a float32 result for each of the P splits."""
+    if sums is None:
+        check_shape("out", out, tuple(q.shape))
+        check_dtype("out", out, (q.dtype,))
+    else:
+        check_shape("sums", sums, (None, *q.shape[:2]))
+        check_shape("out", out, (sums.shape[0], *q.shape))
+        for name, tensor in (("sums", sums), ("out", out)):
+            check_dtype(name, tensor, (torch.float32,))
+        check_contiguous("sums", sums)
+        if sums.shape[0] < 1:
+            raise ValueError(f"sums is {list(sums.shape)}; it must have a split at least")
+    check_contiguous("out", out)
+    check_device(q, out=out, sums=sums)
+
+
+def check_arguments(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    tables: torch.Tensor,
+    table_rows: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    blocks: QueryBlocks,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    lse: torch.Tensor | None,
+) -> PrefillShape:
+    """The sizes of arguments that fit one another. Raises ValueError, which names the one that does not."""
+    check_shape("q", q, (None, None, None))
+    check_dtype("q", q, FLOATS)
+    tokens, heads, head_dim = q.shape
+    if q.stride(2) != 1 or (heads > 1 and q.stride(1) != head_dim):
+        raise ValueError(f"q has strides {list(q.stride())}; those within a row must be [{head_dim}, 1]")
+    check_kv(kv)
+    check_dtype("kv", kv, (q.dtype,))
+    block_size, kv_heads = kv.shape[1], kv.shape[3]
+    if kv.shape[4] != head_dim:
+        raise ValueError(f"kv has heads of {kv.shape[4]}; they must be of {head_dim}, as those of q")
+    if heads < 1 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads; they must be a multiple of the {kv_heads} of kv")
+    check_shape("context_lens", context_lens, (None,))
+    shape = PrefillShape(tokens, context_lens.shape[0], heads, kv_heads, head_dim, block_size)
+    check_tables(tables)
+    check_shape("table_rows", table_rows, (shape.chunks,))
+    check_shape("query_starts", query_starts, (shape.chunks + 1,))
+    indexes = {"table_rows": table_rows, "query_starts": query_starts, "context_lens": context_lens}
+    for name, tensor in indexes.items():
+        check_dtype(name, tensor, (torch.int64,))
+        check_contiguous(name, tensor)
+    if blocks.group != shape.group:
+        raise ValueError(f"blocks are for groups of {blocks.group} heads; they must be for {shape.group}")
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be above 0")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be 1 or more")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be above 0")
+    if sinks is not None:
+        check_shape("sinks", sinks, (heads,))
+        check_dtype("sinks", sinks, FLOATS)
+        check_contiguous("sinks", sinks)
+    if lse is not None:
+        check_shape("lse", lse, (tokens, heads))
+        check_dtype("lse", lse, (torch.float32,))
+        check_contiguous("lse", lse)
+    check_device(q, kv=kv, tables=tables, **indexes, sinks=sinks, lse=lse, blocks=blocks.entries)
+    return shape
