@@ -1,4 +1,4 @@
-"""What the engine launches for chunks of prompts: `query_blocks`, `prefill_attention`, `merge_splits`."""
+"""What the engine launches for chunks of prompts: `query_blocks`, `prefill_attention`, `merge_parts`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from chiron_kernels.gpu.launch import HOPPER, Launch
-from chiron_kernels.gpu.merge_splits import merge_splits_launch
+from chiron_kernels.gpu.merge_parts import merge_parts_launch
 from chiron_kernels.gpu.prefill_attention import prefill_attention_launch
 from chiron_kernels.gpu.query_blocks import QueryBlocks, block_capacity, block_rows, query_blocks_launch
 
@@ -102,7 +102,7 @@ def _merge(splits: int, head_dim: int) -> Launch:
     partial = torch.empty(splits, tokens, heads, head_dim, device="meta")
     sums = torch.empty(splits, tokens, heads, device="meta")
     out = torch.empty(tokens, heads, head_dim, dtype=torch.bfloat16, device="meta")
-    return merge_splits_launch(partial, sums, _ids(2), out)
+    return merge_parts_launch(partial, sums, _ids(2), out)
 
 
 def _attention_cases(geometry: Geometry, **options) -> list[Case]:
@@ -152,7 +152,7 @@ def cases() -> list[Case]:
         found += _attention_cases(Geometry((32, 8), 128, page, dtype=torch.float16))
     for splits in (2, 16):
         for dim in (64, 128, 256):
-            found.append(Case(f"merge_splits {splits} D{dim}", lambda s=splits, d=dim: _merge(s, d)))
+            found.append(Case(f"merge_parts {splits} D{dim}", lambda s=splits, d=dim: _merge(s, d)))
     for group in (1, 4, 7):
         geometry = Geometry((8 * group, 8), 128, 16, chunks=8, chunk=256)
         found.append(Case(f"query_blocks {geometry}", lambda g=geometry: _query_blocks(g)))

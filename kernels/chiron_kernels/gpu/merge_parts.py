@@ -22,7 +22,7 @@ MOST_SPLITS = 16
 
 
 @triton.jit
-def _merge_splits(
+def _merge_parts(
     partial,  # float32 [P, T, H, HEAD_DIM]
     sums,  # float32 [P, T, H], log2 of the sums of weights
     query_starts,  # int64 [C + 1]
@@ -58,14 +58,14 @@ def _merge_splits(
         tl.store(lse + row, (highest + tl.log2(total)) * LN2)
 
 
-def merge_splits_launch(
+def merge_parts_launch(
     partial: torch.Tensor,
     sums: torch.Tensor,
     query_starts: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
 ) -> Launch:
-    """out: [T, H, D] contiguous, written. Otherwise as `merge_splits`."""
+    """out: [T, H, D] contiguous, written. Otherwise as `merge_parts`."""
     check_shape("partial", partial, (None, None, None, None))
     splits, tokens, heads, head_dim = partial.shape
     check_shape("sums", sums, (splits, tokens, heads))
@@ -89,7 +89,7 @@ def merge_splits_launch(
         raise ValueError("query_starts is [0]; it must hold 0 at least")
     dim = triton.next_power_of_2(head_dim)
     return Launch(
-        _merge_splits,
+        _merge_parts,
         (tokens, heads),
         {
             **tensors,
@@ -108,7 +108,7 @@ def merge_splits_launch(
     )
 
 
-def merge_splits(
+def merge_parts(
     partial: torch.Tensor,
     sums: torch.Tensor,
     query_starts: torch.Tensor,
@@ -123,5 +123,5 @@ def merge_splits(
     written. lse: float32 [T, H], written: the natural logarithm of the whole sum. Raises ValueError for what
     does not fit."""
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
-    merge_splits_launch(partial, sums, query_starts, out, lse).run()
+    merge_parts_launch(partial, sums, query_starts, out, lse).run()
     return out

@@ -19,7 +19,7 @@ tiles can reach keys that are no part of the request (freed by the window, or af
 they are not loaded, and count as zeros.
 
 Splits. Where there are too few blocks to fill the GPU, each block's tiles are dealt to several programs,
-whose partial results `merge_splits` joins.
+whose partial results `merge_parts` joins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chiron_kernels.gpu.launch import Launch, target_architecture
-from chiron_kernels.gpu.merge_splits import MOST_SPLITS, merge_splits
+from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
 from chiron_kernels.gpu.prefill_plan import PrefillShape, check_arguments, check_out, choose_splits, tiling
 from chiron_kernels.gpu.query_blocks import QueryBlocks
 
@@ -343,7 +343,7 @@ def prefill_attention_launch(
 ) -> Launch:
     """Without sums, out is [T, Hq, D] as q and lse as in `prefill_attention`, written. With sums, float32
     [P, T, Hq], the keys are dealt to P splits: out is float32 [P, T, Hq, D], both are written for
-    `merge_splits_launch`, and lse is left alone. Otherwise as `prefill_attention`."""
+    `merge_parts_launch`, and lse is left alone. Otherwise as `prefill_attention`."""
     inputs = (q, kv, tables, table_rows, query_starts, context_lens, blocks, scale)
     shape = check_arguments(*inputs, window, softcap, sinks, lse)
     return _launch(shape, inputs, out, window, softcap, sinks, lse, sums)
@@ -364,6 +364,7 @@ def prefill_attention(
     lse: torch.Tensor | None = None,
     max_len: int | None = None,
     splits: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each row's softmax-weighted mean of the values it sees: [T, Hq, D], as q.
 
@@ -380,8 +381,9 @@ def prefill_attention(
     [T, Hq], written: the natural logarithm of the softmax's sum, sinks included.
 
     max_len: no chunk's context and tokens are more; by the width of the tables where not given. splits: into
-    how many parts the keys are split for programs that work side by side; by the shapes where not given.
-    Raises ValueError for what does not fit.
+    how many parts the keys are split for programs that work side by side; by the shapes where not given. out:
+    what to write to and return, contiguous, as q; a new tensor where not given. Raises ValueError for what
+    does not fit.
     """
     inputs = (q, kv, tables, table_rows, query_starts, context_lens, blocks, scale)
     shape = check_arguments(*inputs, window, softcap, sinks, lse)
@@ -389,11 +391,14 @@ def prefill_attention(
         splits = choose_splits(shape, blocks.entries.shape[0], tables.shape[1], max_len, window)
     if not 1 <= splits <= MOST_SPLITS:
         raise ValueError(f"splits is {splits}; it must be 1 to {MOST_SPLITS}")
-    if splits == 1:
+    if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if splits == 1:
         _launch(shape, inputs, out, window, softcap, sinks, lse, None).run()
         return out
+    check_out(q, out, None)
     partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
     sums = torch.empty(splits, *q.shape[:2], dtype=torch.float32, device=q.device)
     _launch(shape, inputs, partial, window, softcap, sinks, None, sums).run()
-    return merge_splits(partial, sums, query_starts, q.dtype, lse)
+    merge_parts_launch(partial, sums, query_starts, out, lse).run()
+    return out

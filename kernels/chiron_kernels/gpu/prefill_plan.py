@@ -9,7 +9,7 @@ import triton
 
 from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
 from chiron_kernels.gpu.launch import HOPPER
-from chiron_kernels.gpu.merge_splits import MOST_SPLITS
+from chiron_kernels.gpu.merge_parts import MOST_SPLITS
 from chiron_kernels.gpu.paged_kv import check_kv, check_tables
 from chiron_kernels.gpu.query_blocks import QueryBlocks
 

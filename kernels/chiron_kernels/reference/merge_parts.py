@@ -7,7 +7,7 @@ import math
 import torch
 
 
-def merge_splits(
+def merge_parts(
     partial: torch.Tensor,
     sums: torch.Tensor,
     query_starts: torch.Tensor,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chiron_kernels.gpu.merge_splits import merge_splits, merge_splits_launch
-from chiron_kernels.reference.merge_splits import merge_splits as reference_merge_splits
+from chiron_kernels.gpu.merge_parts import merge_parts, merge_parts_launch
+from chiron_kernels.reference.merge_parts import merge_parts as reference_merge_parts
 
 TOKENS, HEADS = 4, 3
 
@@ -27,9 +27,9 @@ def parts(
 def test_equals_the_reference(splits: int, head_dim: int, device: torch.device) -> None:
     partial, sums, starts = parts(splits, head_dim, device)
     lse = torch.full((TOKENS, HEADS), float("nan"), device=device)
-    out = merge_splits(partial, sums, starts, torch.float32, lse)
+    out = merge_parts(partial, sums, starts, torch.float32, lse)
     exact_lse = lse.double()
-    exact = reference_merge_splits(partial.double(), sums.double(), starts, torch.float64, exact_lse)
+    exact = reference_merge_parts(partial.double(), sums.double(), starts, torch.float64, exact_lse)
     torch.testing.assert_close(out[1:].double(), exact[1:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse[1:].double(), exact_lse[1:], rtol=1e-6, atol=1e-5)
     assert lse[0].isnan().all()
@@ -38,7 +38,7 @@ def test_equals_the_reference(splits: int, head_dim: int, device: torch.device) 
 def test_rows_in_no_chunk_are_left_alone(device: torch.device) -> None:
     partial, sums, starts = parts(2, 64, device)
     out = torch.full((TOKENS, HEADS, 64), float("nan"), dtype=torch.bfloat16, device=device)
-    merge_splits_launch(partial, sums, starts, out).run()
+    merge_parts_launch(partial, sums, starts, out).run()
     assert out[0].isnan().all() and out[1:].isfinite().all()
 
 
@@ -68,10 +68,10 @@ def test_bad_arguments_are_named(name: str, change, says: str, device: torch.dev
     }
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=says):
-        merge_splits(**arguments)
+        merge_parts(**arguments)
 
 
 def test_too_many_parts_are_refused(device: torch.device) -> None:
     partial, sums = torch.zeros(17, 1, 1, 64, device=device), torch.zeros(17, 1, 1, device=device)
     with pytest.raises(ValueError, match="it must have 1 to 16 parts"):
-        merge_splits(partial, sums, torch.tensor([0, 1], device=device), torch.float16)
+        merge_parts(partial, sums, torch.tensor([0, 1], device=device), torch.float16)

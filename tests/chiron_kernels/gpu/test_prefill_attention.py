@@ -206,6 +206,17 @@ def test_bad_arguments_are_named(name: str, change, says: str, device: torch.dev
         prefill_attention(**arguments)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_writes_where_it_is_told_to(splits: int, device: torch.device) -> None:
+    arguments = step([(3, 20), (1, 7)], device).arguments()
+    there = torch.full((6, *arguments["q"].shape[1:]), torch.nan, dtype=arguments["q"].dtype, device=device)
+    out = prefill_attention(**arguments, splits=splits, out=there[2:])
+    assert out.data_ptr() == there[2:].data_ptr() and there[:2].isnan().all()
+    assert torch.equal(out, prefill_attention(**arguments, splits=splits))
+    with pytest.raises(ValueError, match="out is "):
+        prefill_attention(**arguments, splits=splits, out=there)
+
+
 def test_blocks_of_another_geometry_are_refused(device: torch.device) -> None:
     given = step([(3, 20)], device)
     other = step([(3, 20)], device, heads=(6, 2))
