@@ -1,0 +1,142 @@
+"""Dividing the keys of a decode step among programs, on the device.
+
+Lengths change with every step and stay on the device, where this kernel reads them: nothing waits for the
+host, and a CUDA graph that was captured once serves all lengths. All layers with the same key heads, head
+size and window share its result.
+
+One length of a split serves the whole batch, so that a program of a long request has as much to do as one
+of a short request. It is such that all splits together fill the device once:
+
+    length = max(sum of tiles / programs, LEAST_SPLIT)
+    splits of a request = max(its tiles // length, 1)
+
+Rounded down, the splits exceed `programs` only by requests that have one, so that no batch has a few
+programs left to run after the others. Flash-Decoding (Dao, Haziza, Massa, Sizov 2023) splits all requests
+alike; Stream-K (Osama et al. 2023, arXiv:2301.03598) divides the sum of work as is done here.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from chiron_kernels.gpu.checks import check_contiguous, check_device, check_dtype, check_shape
+from chiron_kernels.gpu.decode_plan import LEAST_SPLIT, DecodeSplits, empty_splits, power_of_two_from
+from chiron_kernels.gpu.launch import Launch
+
+MOST_REQUESTS = 8192
+"""Each program holds the lengths of all."""
+
+COLUMNS = 128
+"""Of `work` written at once: one for each thread."""
+
+
+# Not specialised: numbers that vary while serving and that no alignment follows from.
+@triton.jit(do_not_specialize=["batch", "capacity", "table_keys", "window", "programs"])
+def _decode_splits(
+    lens,  # int64 [B]
+    work,  # int32 [5, capacity] out
+    requests,  # int32 [2, B] out
+    batch,  # B
+    capacity,
+    table_keys,  # keys a block table can hold
+    window,
+    programs,  # that fill the device, for each key head
+    QUERY_LEN: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TILE: tl.constexpr,
+    LEAST: tl.constexpr,  # tiles of the shortest split
+    BATCH: tl.constexpr,  # the power of two from B up
+    COLUMNS: tl.constexpr,  # columns of `work` written at once
+):
+    """One program for each request: it finds the splits of all, which is quick, and writes its own."""
+    request = tl.program_id(0)
+    index = tl.arange(0, BATCH)
+    # A length that the table cannot hold would have the attention read beyond it.
+    keys = tl.load(lens + index, mask=index < batch, other=0)
+    keys = tl.minimum(tl.maximum(keys, 0), table_keys).to(tl.int32)
+    end = tl.cdiv(keys, TILE)
+    first = tl.zeros_like(end)
+    if WINDOWED:
+        # The first query is at keys - QUERY_LEN and sees `window` keys up to its own.
+        first = tl.maximum(keys - QUERY_LEN - window + 1, 0) // TILE
+    tiles = end - first
+    length = tl.maximum(tl.cdiv(tl.sum(tiles, axis=0), programs), LEAST)
+    splits = tl.where(index < batch, tl.maximum(tiles // length, 1), 0)
+
+    start = tl.sum(tl.where(index < request, splits, 0), axis=0)
+    own = index == request
+    own_splits = tl.sum(tl.where(own, splits, 0), axis=0)
+    own_first = tl.sum(tl.where(own, first, 0), axis=0)
+    own_tiles = tl.sum(tl.where(own, tiles, 0), axis=0)
+    tl.store(requests + request, start)
+    tl.store(requests + batch + request, own_splits)
+
+    # The last request also marks the columns after its own as unused: no splits.
+    stop = tl.where(request == batch - 1, capacity, start + own_splits)
+    for from_column in tl.range(start, stop, COLUMNS):
+        column = from_column + tl.arange(0, COLUMNS)
+        place = column - start
+        used = place < own_splits
+        written = column < stop
+        tl.store(work + column, request, mask=written)
+        tl.store(work + capacity + column, place, mask=written)
+        tl.store(work + 2 * capacity + column, tl.where(used, own_splits, 0), mask=written)
+        # Tiles are dealt out evenly: no two splits of a request differ by more than one.
+        begins = own_first + (place.to(tl.int64) * own_tiles // own_splits).to(tl.int32)
+        ends = own_first + ((place.to(tl.int64) + 1) * own_tiles // own_splits).to(tl.int32)
+        tl.store(work + 3 * capacity + column, begins, mask=written)
+        tl.store(work + 4 * capacity + column, ends, mask=written)
+
+
+def decode_splits_launch(lens: torch.Tensor, splits: DecodeSplits) -> Launch:
+    """splits: of `empty_splits`; work and requests are written."""
+    batch = splits.requests.shape[1]
+    check_shape("lens", lens, (batch,))
+    check_dtype("lens", lens, (torch.int64,))
+    check_contiguous("lens", lens)
+    check_device(splits.work, lens=lens)
+    if batch > MOST_REQUESTS:
+        raise ValueError(f"lens has {batch} requests; there may be up to {MOST_REQUESTS}")
+    return Launch(
+        _decode_splits,
+        (batch,),
+        {
+            "lens": lens,
+            "work": splits.work,
+            "requests": splits.requests,
+            "batch": batch,
+            "capacity": splits.capacity,
+            "table_keys": splits.table_keys,
+            "window": splits.window or 0,
+            "programs": splits.programs,
+            "QUERY_LEN": splits.query_len,
+            "WINDOWED": splits.window is not None,
+            "TILE": splits.tile,
+            "LEAST": LEAST_SPLIT,
+            "BATCH": power_of_two_from(max(batch, 1)),
+            "COLUMNS": COLUMNS,
+        },
+        num_stages=1,
+    )
+
+
+def decode_splits(
+    lens: torch.Tensor,
+    kv: torch.Tensor,
+    tables: torch.Tensor,
+    query_len: int = 1,
+    window: int | None = None,
+    programs: int | None = None,
+) -> DecodeSplits:
+    """How `decode_attention` divides a step over the keys of a batch.
+
+    lens: int64 [B], keys of each request, its own query_len new tokens included; one beyond what a block
+    table holds counts as that. kv: a layer of the pool, tables: [S, W]; only their shapes, dtype and device
+    count. query_len: 1 to 8. window: keys that a query sees, itself included. programs: as many for each
+    key head fill the device; None for what it is known to hold. Raises ValueError for what does not fit.
+    """
+    splits = empty_splits(lens, kv, tables, query_len, window, programs)
+    decode_splits_launch(lens, splits).run()
+    return splits
