@@ -1,0 +1,118 @@
+"""Joining attention over two sets of keys into attention over both, as for a prefix that requests share.
+
+Of each part there are the values o_i, normalised by the sum s_i of its softmax, and log(s_i). Of both
+
+    s = s_1 + s_2        o = (s_1 o_1 + s_2 o_2) / s
+
+taken relative to the larger sum, so that none overflows (Ye et al. 2025, arXiv:2501.01005, who call it the
+composition of attention states).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
+from chiron_kernels.gpu.decode_plan import power_of_two_from
+from chiron_kernels.gpu.launch import Launch
+
+TILE_ELEMENTS = 2048
+"""Values of a program: for each thread 2 loads of 16 bytes from either part."""
+
+
+@triton.jit
+def _merge_states(
+    first,  # [N, D] contiguous
+    first_lse,  # float32 [N]
+    second,  # [N, D] contiguous
+    second_lse,  # float32 [N]
+    out,  # [N, D] out
+    lse,  # float32 [N] out
+    rows,  # N
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,  # the power of two from D up
+    ROWS: tl.constexpr,
+):
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    # Below every logarithm, yet finite: the difference of two is a number.
+    LOWEST: tl.constexpr = -1.0e38
+
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    first_log = tl.load(first_lse + row, inside, 0.0)
+    second_log = tl.load(second_lse + row, inside, 0.0)
+    higher = tl.maximum(tl.maximum(first_log, second_log), LOWEST)
+    first_weight = tl.exp2((first_log - higher) * LOG2_E)
+    second_weight = tl.exp2((second_log - higher) * LOG2_E)
+    total = first_weight + second_weight
+    some = tl.where(total > 0.0, total, 1.0)  # neither part may have keys
+
+    column = tl.arange(0, COLUMNS)
+    index = row[:, None] * D + column[None, :]
+    valid = inside[:, None] & (column < D)[None, :]
+    first_values = tl.load(first + index, valid, 0.0).to(tl.float32)
+    second_values = tl.load(second + index, valid, 0.0).to(tl.float32)
+    values = first_values * (first_weight / some)[:, None] + second_values * (second_weight / some)[:, None]
+    tl.store(out + index, values.to(out.dtype.element_ty), valid)
+    tl.store(lse + row, tl.where(total > 0.0, higher + tl.log(some), float("-inf")), inside)
+
+
+def merge_states_launch(
+    first: torch.Tensor,
+    first_lse: torch.Tensor,
+    second: torch.Tensor,
+    second_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> Launch:
+    """out: like first, lse: like first_lse, written; each may be one of the parts. Otherwise as
+    `merge_states`."""
+    check_shape("first", first, (None, None, None))
+    check_dtype("first", first, FLOATS)
+    tokens, heads, head_dim = first.shape
+    for name, values in (("first", first), ("second", second), ("out", out)):
+        check_shape(name, values, (tokens, heads, head_dim))
+        check_dtype(name, values, (first.dtype,))
+        check_contiguous(name, values)
+    for name, logs in (("first_lse", first_lse), ("second_lse", second_lse), ("lse", lse)):
+        check_shape(name, logs, (tokens, heads))
+        check_dtype(name, logs, (torch.float32,))
+        check_contiguous(name, logs)
+    check_device(first, second=second, out=out, first_lse=first_lse, second_lse=second_lse, lse=lse)
+    if not 0 < head_dim <= TILE_ELEMENTS:
+        raise ValueError(f"first has heads of {head_dim}; they must be of 1 to {TILE_ELEMENTS}")
+    columns = power_of_two_from(head_dim)
+    tile_rows = TILE_ELEMENTS // columns
+    rows = tokens * heads
+    return Launch(
+        _merge_states,
+        (-(-rows // tile_rows),),
+        {
+            "first": first,
+            "first_lse": first_lse,
+            "second": second,
+            "second_lse": second_lse,
+            "out": out,
+            "lse": lse,
+            "rows": rows,
+            "D": head_dim,
+            "COLUMNS": columns,
+            "ROWS": tile_rows,
+        },
+        num_stages=1,
+    )
+
+
+def merge_states(
+    first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the keys of both parts, and the logarithm of its softmax's sum.
+
+    first, second: [T, H, D] contiguous, of one dtype: attention over disjoint keys. first_lse, second_lse:
+    float32 [T, H], natural logarithms, -inf for no keys, where the values must be numbers. Raises ValueError
+    for what does not fit."""
+    out, lse = torch.empty_like(first), torch.empty_like(first_lse)
+    merge_states_launch(first, first_lse, second, second_lse, out, lse).run()
+    return out, lse

@@ -1,0 +1,31 @@
+"""What the engine launches of `merge_states`: the head sizes of common models."""
+
+from __future__ import annotations
+
+import torch
+from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu.merge_states import merge_states_launch
+
+from scripts.kernel_gate.case import Case
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+LSE_LOADS = 2
+"""Loads of under 16 bytes: one for each part."""
+
+
+def _launch(head_dim: int, dtype: torch.dtype) -> Launch:
+    values = torch.empty(64, 32, head_dim, dtype=dtype, device="meta")
+    lse = torch.empty(64, 32, device="meta")
+    return merge_states_launch(values, lse, values, lse, values, lse)
+
+
+def cases() -> list[Case]:
+    return [
+        Case(
+            f"merge_states {head_dim} {short}",
+            lambda h=head_dim, d=dtype: _launch(h, d),
+            narrow_loads=LSE_LOADS,
+        )
+        for head_dim in HEAD_DIMS
+        for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+    ]
