@@ -8,14 +8,20 @@ back from the device: tokens that were sampled there are known there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
+from chiron_kernels.reference import penalties as reference
 from torch import Tensor
 
+from chiron_engine.model.gpu_kernels import runs_triton
 from chiron_engine.policy.iteration.request import Request
 
 from .uploads import IntArray, upload_array
+
+FOR_EVER = np.iinfo(np.int64).max
+"""Above every position: a bias does not end."""
 
 
 @dataclass(slots=True)
@@ -33,18 +39,19 @@ class _Adjusted:
 
 @dataclass(slots=True)
 class _Entries:
-    """Single logits. rows, tokens: int64 [E]. values: [E], what to add (float32), or the position until
-    which they are banned (int64)."""
+    """Single logits. rows, tokens: int64 [E]. values: float32 [E], what to add while the row's position is
+    below until, int64 [E]."""
 
     rows: Tensor
     tokens: Tensor
     values: Tensor
+    until: Tensor
 
 
 @dataclass(slots=True)
 class _PenaltyRows:
     """P rows with penalties. rows, slots, output_from: int64 [P]. repetition, frequency, presence:
-    float32 [P, 1]. decode_rows, decode_slots: those of them that decode."""
+    float32 [P]. decode_rows, decode_slots: those of them that decode."""
 
     rows: Tensor
     slots: Tensor
@@ -60,8 +67,7 @@ class _PenaltyRows:
 class LogitAdjustments:
     """For the rows of one batch, for as long as they are the same requests."""
 
-    biases: _Entries | None
-    bans: _Entries | None
+    entries: _Entries | None
     penalties: _PenaltyRows | None
     history: Tensor | None
 
@@ -69,16 +75,33 @@ class LogitAdjustments:
         """Change `logits` [rows, vocab] float32 in place. positions: int64 [rows], the index in its
         sequence of the token to choose. last_tokens: int64 [slots], sampled last. longest: at least the
         largest position. To be called once for each token of a row, in order."""
-        if self.biases is not None:
-            at = (self.biases.rows, self.biases.tokens)
-            logits.index_put_(at, self.biases.values, accumulate=True)
-        if self.bans is not None:
-            too_early = positions[self.bans.rows] < self.bans.values
-            ban = torch.zeros_like(too_early, dtype=logits.dtype).masked_fill_(too_early, -torch.inf)
-            logits.index_put_((self.bans.rows, self.bans.tokens), ban, accumulate=True)
+        kernels = _kernels_for(logits)
+        if self.entries is not None:
+            of = self.entries
+            kernels.adjust(logits, positions, of.rows, of.tokens, of.values, of.until)
         if self.penalties is not None and self.history is not None:
             note_sampled(self.history, self.penalties, positions, last_tokens)
-            penalise(logits, self.history[:, :longest], self.penalties, positions)
+            to = self.penalties
+            kernels.penalise(
+                logits,
+                self.history[:, :longest],
+                positions,
+                to.rows,
+                to.slots,
+                to.output_from,
+                to.repetition,
+                to.frequency,
+                to.presence,
+            )
+
+
+def _kernels_for(logits: Tensor) -> ModuleType:
+    """The module that has `adjust` and `penalise` for logits of this device."""
+    if not runs_triton(logits.device):
+        return reference
+    from chiron_kernels.gpu import penalties
+
+    return penalties
 
 
 class AdjustmentTable:
@@ -129,10 +152,7 @@ class AdjustmentTable:
         if not found:
             return None
         return LogitAdjustments(
-            self._entries([(row, each.biased, each.biases) for row, _, each in found]),
-            self._entries(
-                [(row, each.banned, np.full(len(each.banned), each.banned_until)) for row, _, each in found]
-            ),
+            self._entries([(row, each) for row, _, each in found]),
             self._penalty_rows([one for one in found if one[2].penalties is not None], num_decodes),
             self._history,
         )
@@ -142,14 +162,29 @@ class AdjustmentTable:
             self._history = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
         self._history[slot, : len(tokens)] = upload_array(tokens.astype(np.int32), self._device)
 
-    def _entries(self, parts: list[tuple[int, IntArray, np.ndarray]]) -> _Entries | None:
-        rows = np.concatenate([np.full(len(tokens), row, np.int64) for row, tokens, _ in parts])
-        if not rows.size:
+    def _entries(self, found: list[tuple[int, _Adjusted]]) -> _Entries | None:
+        sizes = [len(each.biased) + len(each.banned) for _, each in found]
+        if not sum(sizes):
             return None
+        rows = np.repeat(np.array([row for row, _ in found], np.int64), sizes)
+        tokens = np.concatenate([part for _, each in found for part in (each.biased, each.banned)])
+        bans = [np.full(len(each.banned), -np.inf, np.float32) for _, each in found]
+        values = np.concatenate(
+            [part for (_, each), ban in zip(found, bans, strict=True) for part in (each.biases, ban)]
+        )
+        until = np.concatenate(
+            [
+                np.full(len(part), end, np.int64)
+                for _, each in found
+                for part, end in ((each.biased, FOR_EVER), (each.banned, each.banned_until))
+            ]
+        )
+        rows_tokens_until = upload_array(np.stack((rows, tokens, until)), self._device)
         return _Entries(
-            upload_array(rows, self._device),
-            upload_array(np.concatenate([tokens for _, tokens, _ in parts]), self._device),
-            upload_array(np.concatenate([values for _, _, values in parts]), self._device),
+            rows_tokens_until[0],
+            rows_tokens_until[1],
+            upload_array(values, self._device),
+            rows_tokens_until[2],
         )
 
     def _penalty_rows(self, found: list[tuple[int, int, _Adjusted]], num_decodes: int) -> _PenaltyRows | None:
@@ -157,7 +192,7 @@ class AdjustmentTable:
             return None
         whole = np.array([(row, slot, each.output_from) for row, slot, each in found], np.int64).T
         rows, slots, output_from = upload_array(whole, self._device)
-        strengths = np.array([each.penalties for _, _, each in found], np.float32).T[:, :, None]
+        strengths = np.array([each.penalties for _, _, each in found], np.float32).T
         repetition, frequency, presence = upload_array(strengths, self._device)
         # Rows are in order, and the decoding ones come first.
         decodes = int(np.count_nonzero(whole[0] < num_decodes))
@@ -170,24 +205,3 @@ def note_sampled(history: Tensor, of: _PenaltyRows, positions: Tensor, last_toke
     """Each decoding row got its last token in the step before; prompts were noted as they joined."""
     tokens = last_tokens[of.decode_slots].to(history.dtype)
     history.index_put_((of.decode_slots, positions[of.decode_rows] - 1), tokens)
-
-
-def penalise(logits: Tensor, history: Tensor, of: _PenaltyRows, positions: Tensor) -> None:
-    """Change the logits of tokens that are in a row's history [slots, at least the longest]. A token
-    that is there several times is written as often, each time with the same value."""
-    tokens = history.index_select(0, of.slots).long()
-    column = torch.arange(tokens.shape[1], device=tokens.device)
-    is_known = column < positions[of.rows].unsqueeze(1)
-    is_output = is_known & (column >= of.output_from.unsqueeze(1))
-    # What is not known stands for the first token, which is.
-    tokens = torch.where(is_known, tokens, tokens[:, :1])
-    at = (of.rows.unsqueeze(1), tokens)
-    found = logits[at]
-    logits.index_put_(at, torch.where(found > 0, found / of.repetition, found * of.repetition))
-    logits.index_put_(at, torch.where(is_output, -of.frequency, 0.0), accumulate=True)
-    # Where it is no output it stands for the first one, or for a token that stays as it is.
-    first = torch.where(is_output.any(dim=1, keepdim=True), of.output_from.unsqueeze(1), 0)
-    tokens = torch.where(is_output, tokens, tokens.gather(1, first))
-    at = (of.rows.unsqueeze(1), tokens)
-    presence = torch.where(is_output.any(dim=1, keepdim=True), of.presence, 0.0)
-    logits.index_put_(at, logits[at] - presence)

@@ -14,11 +14,8 @@ from chiron_engine.model.attention import ChunkRows
 from chiron_engine.policy.iteration.plan import StepPlan, TokenLogprobs
 
 from .slots import SlotStates
-from .token_logprobs import LogprobRows, Logprobs, logprobs_of
+from .token_logprobs import LogprobRows, Logprobs, ranked_logprobs_of
 from .uploads import upload_array
-
-RANKED_AT_ONCE = 16
-"""Rows of logits that are compared."""
 
 
 @dataclass(slots=True)
@@ -35,9 +32,8 @@ class PromptRows:
         """logits: float32 [N, vocab]."""
         every = range(len(self.counts))
         of = LogprobRows(list(every), torch.arange(len(every), device=logits.device), self.counts)
-        parts = zip(logits.split(RANKED_AT_ONCE), self.targets.split(RANKED_AT_ONCE), strict=True)
-        ranks = torch.cat([ranks_of(some, targets) for some, targets in parts])
-        return PromptScores(logprobs_of(logits, self.targets, of), ranks, self.chunks)
+        found, ranks = ranked_logprobs_of(logits, self.targets, of)
+        return PromptScores(found, ranks, self.chunks)
 
 
 @dataclass(slots=True)
@@ -61,11 +57,6 @@ class PromptScores:
             told[number] = every[place : place + count]
             place += count
         return told
-
-
-def ranks_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 for the likeliest token of a row."""
-    return (logits > logits.gather(1, targets.unsqueeze(1))).sum(dim=-1) + 1
 
 
 def prompt_rows(plan: StepPlan, chunk_rows: Sequence[ChunkRows], states: SlotStates) -> PromptRows | None:

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from chiron_kernels.cpu import sampling as compiled
+from chiron_kernels.reference import logprobs as reference
 from torch import Tensor
 
 from chiron_engine.model.cpu_kernels import kernels_for
+from chiron_engine.model.gpu_kernels import runs_triton
 from chiron_engine.policy.iteration.plan import TokenLogprobs
 
 from .uploads import IntArray, upload_array
 
-ROWS_AT_ONCE = 32
-"""Of logits that are copied."""
+RANKED_AT_ONCE = 16
+"""Rows of logits that are compared."""
 
 
 @dataclass(slots=True)
@@ -69,26 +71,30 @@ class LogprobTable:
 
 def logprobs_of(logits: Tensor, tokens: Tensor, of: LogprobRows) -> Logprobs:
     """logits: [rows, vocab] float32, as the model gave them. tokens: int64 [rows], those chosen."""
-    most = min(max(of.counts), logits.shape[1])
+    if runs_triton(logits.device):
+        return ranked_logprobs_of(logits, tokens, of)[0]
+    most = _largest_count(logits, of)
     kernels = kernels_for(logits.device)
     if kernels is not None:
         return Logprobs(of, *compiled.token_logprobs(kernels, logits, of.rows, tokens, most))
-    return Logprobs(of, *_logprobs_with_torch(logits, tokens, of.rows, most))
+    chosen, ids, top, _ = reference.token_logprobs(logits, of.rows, tokens, most)
+    return Logprobs(of, chosen, ids, top)
 
 
-def _logprobs_with_torch(
-    logits: Tensor, tokens: Tensor, of_rows: Tensor, most: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the chosen tokens [N], and ids and those of the `most` likeliest [N, most]."""
-    chosen, ids, top = [], [], []
-    for rows in of_rows.split(ROWS_AT_ONCE):
-        some = logits.index_select(0, rows)
-        total = torch.logsumexp(some, dim=-1, keepdim=True)
-        chosen.append((some.gather(1, tokens[rows].unsqueeze(1)) - total).squeeze(1))
-        best, places = some.topk(most, dim=-1)
-        ids.append(places)
-        top.append(best - total)
-    return torch.cat(chosen), torch.cat(ids), torch.cat(top)
+def ranked_logprobs_of(logits: Tensor, tokens: Tensor, of: LogprobRows) -> tuple[Logprobs, Tensor]:
+    """The same, and the ranks of the tokens, int64 [N], 1 for the likeliest of a row."""
+    if not runs_triton(logits.device):
+        parts = of.rows.split(RANKED_AT_ONCE)
+        ranks = [reference.ranks_of(logits.index_select(0, rows), tokens[rows]) for rows in parts]
+        return logprobs_of(logits, tokens, of), torch.cat(ranks)
+    from chiron_kernels.gpu.logprobs import token_logprobs
+
+    chosen, ids, top, found = token_logprobs(logits, of.rows, tokens, _largest_count(logits, of))
+    return Logprobs(of, chosen, ids, top), found
+
+
+def _largest_count(logits: Tensor, of: LogprobRows) -> int:
+    return min(max(of.counts), logits.shape[1])
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -7,20 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from chiron_kernels.reference.counter_noise import exponentials, item_keys, random_bits
+from chiron_kernels.reference.sampling import RACE_BLOCK, threshold_by_bisection, threshold_by_sorting
 from torch import Tensor
 
 from chiron_engine.model.cpu_kernels import kernels_for
 from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
 from chiron_engine.runtime import sampler
-from chiron_engine.runtime.sampler import (
-    RACE_BLOCK,
-    SamplingRows,
-    SamplingTable,
-    sample,
-    threshold_by_bisection,
-    threshold_by_sorting,
-)
-from chiron_engine.runtime.sampling_noise import exponentials, item_keys, random_bits
+from chiron_engine.runtime.sampler import SamplingRows, SamplingTable, sample
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
+from chiron_kernels.reference.counter_noise import exponentials, item_keys, noise_bits, random_bits
 from torch import Tensor
-
-from chiron_engine.runtime.sampling_noise import exponentials, item_keys, noise_bits, random_bits
 
 CPU = torch.device("cpu")
 MASK = (1 << 64) - 1

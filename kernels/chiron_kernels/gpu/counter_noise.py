@@ -13,6 +13,7 @@ import triton.language as tl
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST_FACTOR = tl.constexpr(0xBF58476D1CE4E5B9)
 SECOND_FACTOR = tl.constexpr(0x94D049BB133111EB)
+UNIT = tl.constexpr(2.0**-52)
 
 
 @triton.jit
@@ -32,8 +33,8 @@ def random_bits(seed, position):
 
 @triton.jit
 def token_keys(tokens):
-    """64 mixed bits for each token id. Tokens count up from 1 and blocks down from -1, so that no two items have
-    the same."""
+    """64 mixed bits for each token id. Tokens count up from 1 and blocks down from -1, so that no two items
+    have the same."""
     return mix((tokens.to(tl.int64) + 1).to(tl.uint64) * GOLDEN)
 
 
@@ -47,7 +48,8 @@ def block_keys(blocks):
 def exponentials(row_bits, keys):
     """An exponential variate of mean 1 for each key, float64, over zero and finite.
 
-    The uniform u is (k + 1/2) / 2**52 for a k of 52 bits, so 1 - u has 53 bits and is exact: its logarithm loses
-    nothing that log1p would keep."""
-    uniform = ((mix(row_bits + keys) >> 12).to(tl.int64).to(tl.float64) + 0.5) * 2.220446049250313e-16  # 2**-52
+    The uniform u is (k + 1/2) / 2**52 for a k of 52 bits, so 1 - u has 53 bits and is exact: its logarithm
+    loses nothing that log1p would keep."""
+    high = (mix(row_bits + keys) >> 12).to(tl.int64).to(tl.float64)
+    uniform = (high + 0.5) * UNIT
     return -tl.log(1.0 - uniform)

@@ -1,7 +1,7 @@
 """What the kernels over rows of logits have in common: reading them, their order, and their blocks.
 
-A row is cut into blocks of RACE_BLOCK neighbouring tokens. The largest logit of every block, which one pass over
-all logits finds, tells later kernels which blocks they need not read again:
+A row is cut into blocks of RACE_BLOCK neighbouring tokens. The largest logit of every block, which one pass
+over all logits finds, tells later kernels which blocks they need not read again:
 
     row of logits    | block 0 | block 1 | block 2 | ... | the last, padded with -inf |
     block_maxima         3.1       7.5      -2.0     ...       0.4
@@ -33,8 +33,8 @@ def finite(x):
 
 @triton.jit
 def load_blocks(row, vocab, blocks, wanted):
-    """Logits of blocks [N] of a row, [N, RACE_BLOCK], as they lie; -inf past the end of the row and for blocks that
-    are not wanted."""
+    """Logits of blocks [N] of a row, [N, RACE_BLOCK], as they lie; -inf past the end of the row and for
+    blocks that are not wanted."""
     tokens = blocks[:, None] * RACE_BLOCK + tl.arange(0, RACE_BLOCK)[None, :]
     return tl.load(row + tokens, mask=wanted[:, None] & (tokens < vocab), other=float("-inf"))
 
@@ -81,6 +81,11 @@ FEW_ROWS = 32
 """Up to so many, small programs: 128,000 tokens of one row are 63 of them."""
 
 
+def tile_of_blocks(rows: int) -> tuple[int, int]:
+    """Blocks of one program of a pass over all logits, and its warps: four loads of 16 bytes a thread."""
+    return (8, 4) if rows <= FEW_ROWS else (32, 16)
+
+
 def number_of_blocks(vocab: int) -> int:
     return triton.cdiv(vocab, RACE_BLOCK.value)
 
@@ -99,10 +104,11 @@ def check_logits(logits: torch.Tensor) -> None:
 
 
 def block_maxima_launch(logits: torch.Tensor, maxima: torch.Tensor) -> Launch:
-    """maxima: float32 [R, blocks], written. logits as `check_logits` has them; the caller has checked both."""
+    """maxima: float32 [R, blocks], written. logits as `check_logits` has them; the caller has checked
+    both."""
     rows, vocab = logits.shape
     blocks = number_of_blocks(vocab)
-    tile = 8 if rows <= FEW_ROWS else 32
+    tile, warps = tile_of_blocks(rows)
     return Launch(
         _block_maxima,
         (rows, triton.cdiv(blocks, tile)),
@@ -114,7 +120,6 @@ def block_maxima_launch(logits: torch.Tensor, maxima: torch.Tensor) -> Launch:
             "blocks": blocks,
             "TILE": tile,
         },
-        # 16 floats a thread: four loads of 16 bytes under way.
-        num_warps=tile // 2,
+        num_warps=warps,
         num_stages=1,
     )

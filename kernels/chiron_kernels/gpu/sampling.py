@@ -1,14 +1,14 @@
 """The next token of each row: greedy, temperature, min-p, top-k, top-p, in that order.
 
-A draw is a race: among items of weight w, each scores w / E with exponential noise E of its own, and the largest
-score wins, which happens in proportion to the weights. It is run among blocks of RACE_BLOCK neighbouring tokens by
-the sum of their weights, then among the tokens of the block that won. Weights are whole numbers, so their sums are
-exact however they are added, and the noise is a function of (seed, position, item): a row's token depends on
-neither its batch-mates nor the number of programs.
+A draw is a race: among items of weight w, each scores w / E with exponential noise E of its own, and the
+largest score wins, which happens in proportion to the weights. It is run among blocks of RACE_BLOCK
+neighbouring tokens by the sum of their weights, then among the tokens of the block that won. Weights are
+whole numbers, so their sums are exact however they are added, and the noise is a function of (seed, position,
+item): a row's token depends on neither its batch-mates nor the number of programs.
 
-Two launches. The first reads all logits, spread over many programs, and finds the largest of each block. In the
-second each row is one program's, which reads again only the blocks that can still have a part in the result.
-"""
+Two launches. The first reads all logits, spread over many programs, and finds the largest of each block. In
+the second each row is one program's, which reads again only the blocks that can still have a part in the
+result."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from chiron_kernels.gpu.checks import check_contiguous, check_device, check_dtyp
 from chiron_kernels.gpu.counter_noise import block_keys, exponentials, random_bits, token_keys
 from chiron_kernels.gpu.launch import Launch
 from chiron_kernels.gpu.logit_rows import (
+    LARGEST_KEY,
+    NO_KEY,
     RACE_BLOCK,
     block_maxima_launch,
     check_logits,
@@ -52,16 +54,16 @@ LOWEST_KEY = tl.constexpr(-0x7F800001)
 
 
 @triton.jit
-def _kth_largest(
-    row, vocab, maxima, blocks, listed, candidates, values, best, top_k, BLOCKS: tl.constexpr
-):
+def _kth_largest(row, vocab, maxima, blocks, listed, candidates, values, best, top_k, BLOCKS: tl.constexpr):
     """The top_k-th largest logit of a row, top_k from 1 to V. values: maxima, [BLOCKS]."""
     lowest = tl.full((), 0, tl.int64) + LOWEST_KEY
     highest = ordered_keys(best).to(tl.int64)
     none = tl.full((), 0, tl.int64)
     if top_k <= blocks:
-        # No less than the k-th largest of some of them, those that are the largest of their block.
-        lowest = halve(ordered_keys(values), lowest, highest, none, top_k, False)
+        # It is no less than the k-th largest of some of them, those that are the largest of their block.
+        keys = tl.where(tl.arange(0, BLOCKS) < blocks, ordered_keys(values), NO_KEY)
+        least = tl.min(tl.where(keys > NO_KEY, keys, LARGEST_KEY), axis=0).to(tl.int64)
+        lowest = halve(keys, least, highest, none, top_k, False)
     bound = float_of_key(lowest.to(tl.int32))
     key = find_threshold(
         row,
@@ -102,7 +104,7 @@ def _winning_block(row, vocab, listed, number, random, best, inverse, least_logi
 @triton.jit
 def _first_winner(scores, items):
     """Of the items with the largest score the smallest."""
-    return tl.min(tl.where(scores == tl.max(scores, axis=0), items, 0x7FFFFFFF), axis=0)
+    return tl.min(tl.where(scores == tl.max(scores, axis=0), items, LARGEST_KEY), axis=0)
 
 
 @triton.jit
@@ -321,14 +323,14 @@ def sample_rows(
     any_top_k: bool = True,
     any_top_p: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each row of logits: int64 [R], and bool [R], False where no logit was above -inf; such a row
-    gets token 0.
+    """One token for each row of logits: int64 [R], and bool [R], False where no logit was above -inf; such a
+    row gets token 0.
 
-    logits: float32 [R, V], rows any distance apart; NaN counts as -inf and +inf as the largest finite number. Of
-    each row: temperature float32, greedy below MIN_TEMPERATURE; min_p float32, 0 for none; top_k int64, 0 for all;
-    top_p float64, 1 for all; seeds int64; positions int64, the index of the token in its sequence. any_top_k,
-    any_top_p: False lets the kernel leave out what no row asks for. Raises ValueError for what does not fit.
-    """
+    logits: float32 [R, V], rows any distance apart; NaN counts as -inf and +inf as the largest finite number.
+    Of each row: temperature float32, greedy below MIN_TEMPERATURE; min_p float32, 0 for none; top_k int64, 0
+    for all; top_p float64, 1 for all; seeds int64; positions int64, the index of the token in its sequence.
+    any_top_k, any_top_p: False lets the kernel leave out what no row asks for. Raises ValueError for what
+    does not fit."""
     tokens, valid = _empty_results(logits)
     for launch in sample_rows_launches(
         logits,

@@ -1,13 +1,13 @@
 """The largest t such that the keys from t on weigh enough: the cut of top-k and that of top-p, exactly.
 
-Keys are int32 in the order of floats, and what a key weighs is 1 (top-k, keys of logits) or the whole number it is
-the float of (top-p, keys of weights). Sums are of whole numbers, so neither the order of adding nor the way of
-searching shows in the result. A row is searched in two stages, by one program:
+Keys are int32 in the order of floats, and what a key weighs is 1 (top-k, keys of logits) or the whole number
+it is the float of (top-p, keys of weights). Sums are of whole numbers, so neither the order of adding nor the
+way of searching shows in the result. A row is searched in two stages, by one program:
 
-1. Passes over those of its blocks that can matter. Each measures PIVOTS keys of the range at once and keeps the part
-   of the range between two of them; as its lower end rises, fewer blocks can matter.
-2. When no more than CANDIDATES tokens are left in the range, these are gathered, held in registers, and the range
-   is halved until one key is left.
+1. Passes over those of its blocks that can matter. Each measures PIVOTS keys of the range at once and keeps
+   the part of the range between two of them; as its lower end rises, fewer blocks can matter.
+2. When no more than CANDIDATES tokens are left in the range, these are gathered, held in registers, and the
+   range is halved until one key is left.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from chiron_kernels.gpu.logit_rows import NO_KEY, finite, float_of_key, load_blocks, ordered_keys
+from chiron_kernels.gpu.logit_rows import NO_KEY, RACE_BLOCK, finite, float_of_key, load_blocks, ordered_keys
 
 # Weights are whole numbers: exp((logit - largest) / temperature) in units of 2**-32.
 WEIGHT_BITS = tl.constexpr(32.0)
@@ -29,29 +29,32 @@ COUNT_SHIFT = tl.constexpr(47)
 tokens at most: below 2**46 + 1, and the number at most 2**14."""
 MASS_MASK = tl.constexpr(2**47 - 1)
 
-TILE = tl.constexpr(32)
+TILE = tl.constexpr(16)
 """Blocks of a tile: 8192 logits, 16 for each of 512 threads."""
+VECTOR = tl.constexpr(4)
+"""Neighbouring logits that one thread loads at once, and adds up on its own."""
+LANES = tl.constexpr(TILE.value * RACE_BLOCK.value // VECTOR.value)
 PIVOTS = tl.constexpr(4)
 CANDIDATES = tl.constexpr(4096)
 
 
 @triton.jit
 def weights_of(x, best, inverse):
-    """Weights, whole numbers as float32, of finite logits. inverse: log2(e) / temperature. `best` is subtracted
-    before the product, so no temperature overflows."""
+    """Weights, whole numbers as float32, of finite logits. inverse: log2(e) / temperature. `best` is
+    subtracted before the product, so no temperature overflows."""
     return tl.floor(tl.exp2((x - best) * inverse) * WEIGHT_SCALE)
 
 
 @triton.jit
 def logit_bound(weight, best, inverse):
-    """A logit from which on a token can have this weight. It is lower than need be by 1/16 of an octave, which is
-    far more than rounding can do: 2**-18 of one."""
+    """A logit from which on a token can have this weight. It is lower than need be by 1/16 of an octave,
+    which is far more than rounding can do: 2**-18 of one."""
     return best + (tl.log2(weight) - (WEIGHT_BITS + 0.0625)) / inverse
 
 
 @triton.jit
 def list_blocks(maxima, blocks, bound, listed, BLOCKS: tl.constexpr):
-    """Write the numbers of the blocks with a logit from `bound` on to `listed`, in order; how many they are."""
+    """Write the numbers of the blocks with a logit from `bound` on to `listed`, in order. Returns how many."""
     numbers = tl.arange(0, BLOCKS)
     matters = tl.load(maxima + numbers, mask=numbers < blocks, other=float("-inf")) >= bound
     matters = (matters & (numbers < blocks)).to(tl.int32)
@@ -63,7 +66,7 @@ def list_blocks(maxima, blocks, bound, listed, BLOCKS: tl.constexpr):
 
 @triton.jit
 def load_listed(row, vocab, listed, first, number):
-    """Blocks first, first + 1 .. of the list of so many: numbers [TILE] and finite logits [TILE, RACE_BLOCK]."""
+    """The next TILE blocks of the list from `first` on: numbers [TILE], finite logits [TILE, RACE_BLOCK]."""
     places = first + tl.arange(0, TILE)
     blocks = tl.load(listed + places, mask=places < number, other=0)
     return blocks, finite(load_blocks(row, vocab, blocks, places < number))
@@ -100,16 +103,16 @@ def _measure(
     """What the keys of the listed blocks weigh from each pivot on, and how many they are."""
     if MASS:
         one = tl.full((), 1, tl.int64) << COUNT_SHIFT
-        sums = tl.zeros([TILE, PIVOTS], tl.int64)
+        sums = tl.zeros([LANES, PIVOTS], tl.int64)
     else:
         one = tl.full((), 0, tl.int32)
-        sums = tl.zeros([TILE, PIVOTS], tl.int32)
+        sums = tl.zeros([LANES, PIVOTS], tl.int32)
     for first in range(0, number, TILE):
         _, x = load_listed(row, vocab, listed, first, number)
         keys = _keys(x, best, inverse, least_logit, least_weight, MASS)
-        each = _weigh(keys, MASS) + one
-        reached = keys[:, :, None] >= pivots[None, None, :]
-        sums += tl.sum(tl.where(reached, each[:, :, None], 0), axis=1)
+        each = tl.reshape(_weigh(keys, MASS) + one, [LANES, VECTOR, 1])
+        reached = tl.reshape(keys, [LANES, VECTOR, 1]) >= pivots[None, None, :]
+        sums += tl.sum(tl.where(reached, each, 0), axis=1)
     if MASS:
         return tl.sum(sums & MASS_MASK, axis=0), tl.sum(sums >> COUNT_SHIFT, axis=0)
     else:
@@ -150,8 +153,8 @@ def _gather(
 
 @triton.jit
 def halve(keys, lowest, highest, beyond, needed, MASS: tl.constexpr):
-    """The largest key t from lowest to highest, int64, such that the keys from t on weigh `needed` with `beyond`,
-    what those above highest weigh; those from lowest on do."""
+    """The largest key t from lowest to highest, int64, such that the keys from t on weigh `needed` with
+    `beyond`, what those above highest weigh; those from lowest on do."""
     each = _weigh(keys, MASS)
     while lowest < highest:
         middle = lowest + ((highest - lowest) >> 1) + 1
@@ -184,15 +187,15 @@ def find_threshold(
 ):
     """The largest key t from lowest to highest such that the keys from t on weigh `needed`, int64.
 
-    Invariants: the keys from lowest on weigh enough; those above highest weigh `beyond`, which is not, and are
-    `few`; those from lowest on are `many`."""
+    Invariants: the keys from lowest on weigh enough; those above highest weigh `beyond`, which is not, and
+    are `few`; those from lowest on are `many`."""
     number = list_blocks(maxima, blocks, bound, listed, BLOCKS)
     beyond = tl.full((), 0, tl.int64)
     few = tl.full((), 0, tl.int64)
     many = tl.full((), 0, tl.int64) + CANDIDATES + 1  # not known before the first pass
     index = tl.arange(0, PIVOTS).to(tl.int64)
     while (lowest < highest) & (many - few > CANDIDATES):
-        # From lowest + 1 to highest, both there: one pass ends the search where most keys tie for the largest.
+        # From lowest + 1 to highest, both: one pass ends the search where most keys tie for the largest.
         pivots = lowest + 1 + (highest - lowest - 1) * index // (PIVOTS - 1)
         masses, counts = _measure(
             row, vocab, listed, number, pivots.to(tl.int32), best, inverse, least_logit, least_weight, MASS
