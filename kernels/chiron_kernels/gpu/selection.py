@@ -54,7 +54,7 @@ def logit_bound(weight, best, inverse):
 
 @triton.jit
 def list_blocks(maxima, blocks, bound, listed, BLOCKS: tl.constexpr):
-    """Write the numbers of the blocks with a logit from `bound` on to `listed`, in order. Returns how many."""
+    """Write to `listed` the numbers of the blocks with a logit from `bound` on, in order. Returns how many."""
     numbers = tl.arange(0, BLOCKS)
     matters = tl.load(maxima + numbers, mask=numbers < blocks, other=float("-inf")) >= bound
     matters = (matters & (numbers < blocks)).to(tl.int32)
