@@ -1,4 +1,4 @@
-"""What the engine launches to sample, of logprobs and of penalties: vocabularies of small models to the largest."""
+"""What the engine launches to sample, of logprobs and of penalties: vocabularies from small models up."""
 
 from __future__ import annotations
 

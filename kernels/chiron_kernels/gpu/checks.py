@@ -45,3 +45,12 @@ def check_last_dense(name: str, tensor: torch.Tensor) -> None:
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {list(tensor.stride())}; it must be contiguous")
+
+
+def check_vectors(like: torch.Tensor, count: int, **tensors: tuple[torch.Tensor, torch.dtype]) -> None:
+    """Each with its dtype, contiguous, [count], and where `like` is."""
+    for name, (tensor, dtype) in tensors.items():
+        check_shape(name, tensor, (count,))
+        check_dtype(name, tensor, (dtype,))
+        check_contiguous(name, tensor)
+        check_device(like, **{name: tensor})

@@ -11,7 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from chiron_kernels.gpu.checks import check_contiguous, check_device, check_dtype, check_shape
+from chiron_kernels.gpu.checks import (
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_vectors,
+)
 from chiron_kernels.gpu.launch import Launch
 from chiron_kernels.gpu.logit_rows import (
     LARGEST_KEY,
@@ -101,8 +107,8 @@ def _likeliest(
     tl.store(ranks + at, 1 + tl.sum(tl.load(larger + places, mask=inside, other=0).to(tl.int64), axis=0))
 
     keys = tl.where(inside, ordered_keys(values + 0.0), NO_KEY)  # -0.0 counts as 0.0
-    last_key = tl.full((), 0, tl.int32) + LARGEST_KEY
-    last_id = tl.full((), 0, tl.int32) - 1
+    last_key = tl.full((), LARGEST_KEY, tl.int32)
+    last_id = tl.full((), -1, tl.int32)
     for place in range(0, few):
         # Invariant: keys are of the largest logit of each block behind (last_key, last_id) in the order.
         key = tl.max(keys, axis=0)
@@ -139,15 +145,16 @@ def token_logprobs_launches(
         raise ValueError(f"few is {few}; it must be 0 to {vocab}")
     if count and not height:
         raise ValueError("logits has no rows; it must have those that rows names")
-    for name, tensor, shape, dtype in (
-        ("rows", rows, (count,), torch.int64),
-        ("tokens", tokens, (height,), torch.int64),
-        ("chosen", chosen, (count,), torch.float32),
-        ("ids", ids, (count, few), torch.int64),
-        ("likeliest", likeliest, (count, few), torch.float32),
-        ("ranks", ranks, (count,), torch.int64),
-    ):
-        check_shape(name, tensor, shape)
+    check_vectors(logits, height, tokens=(tokens, torch.int64))
+    check_vectors(
+        logits,
+        count,
+        rows=(rows, torch.int64),
+        chosen=(chosen, torch.float32),
+        ranks=(ranks, torch.int64),
+    )
+    for name, tensor, dtype in (("ids", ids, torch.int64), ("likeliest", likeliest, torch.float32)):
+        check_shape(name, tensor, (count, few))
         check_dtype(name, tensor, (dtype,))
         check_contiguous(name, tensor)
         check_device(logits, **{name: tensor})

@@ -18,13 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from chiron_kernels.gpu.checks import (
-    check_contiguous,
-    check_device,
-    check_dtype,
-    check_last_dense,
-    check_shape,
-)
+from chiron_kernels.gpu.checks import check_device, check_dtype, check_last_dense, check_shape, check_vectors
 from chiron_kernels.gpu.launch import Launch
 
 ENTRIES_TILE = 256
@@ -142,8 +136,8 @@ def adjust_launch(
     check_shape("rows", rows, (None,))
     entries = rows.shape[0]
     height, vocab = logits.shape
-    _check_vectors(logits, height, positions=(positions, torch.int64))
-    _check_vectors(
+    check_vectors(logits, height, positions=(positions, torch.int64))
+    check_vectors(
         logits,
         entries,
         rows=(rows, torch.int64),
@@ -191,8 +185,8 @@ def penalise_launch(
     check_device(logits, history=history)
     check_shape("rows", rows, (None,))
     count, longest = rows.shape[0], history.shape[1]
-    _check_vectors(logits, height, positions=(positions, torch.int64))
-    _check_vectors(
+    check_vectors(logits, height, positions=(positions, torch.int64))
+    check_vectors(
         logits,
         count,
         rows=(rows, torch.int64),
@@ -235,14 +229,6 @@ def _check_written(logits: torch.Tensor) -> None:
     check_last_dense("logits", logits)
     if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError(f"logits has rows {logits.stride(0)} apart; they are written and must not overlap")
-
-
-def _check_vectors(logits: torch.Tensor, count: int, **tensors: tuple[torch.Tensor, torch.dtype]) -> None:
-    for name, (tensor, dtype) in tensors.items():
-        check_shape(name, tensor, (count,))
-        check_dtype(name, tensor, (dtype,))
-        check_contiguous(name, tensor)
-        check_device(logits, **{name: tensor})
 
 
 def adjust(

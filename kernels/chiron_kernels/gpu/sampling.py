@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from chiron_kernels.gpu.checks import check_contiguous, check_device, check_dtype, check_shape
+from chiron_kernels.gpu.checks import check_vectors
 from chiron_kernels.gpu.counter_noise import block_keys, exponentials, random_bits, token_keys
 from chiron_kernels.gpu.launch import Launch
 from chiron_kernels.gpu.logit_rows import (
@@ -34,7 +34,7 @@ from chiron_kernels.gpu.logit_rows import (
 )
 from chiron_kernels.gpu.selection import (
     BELOW_ONE_KEY,
-    CANDIDATES,
+    ROOM,
     TILE,
     WEIGHT_SCALE,
     WEIGHT_SCALE_KEY,
@@ -56,7 +56,7 @@ LOWEST_KEY = tl.constexpr(-0x7F800001)
 @triton.jit
 def _kth_largest(row, vocab, maxima, blocks, listed, candidates, values, best, top_k, BLOCKS: tl.constexpr):
     """The top_k-th largest logit of a row, top_k from 1 to V. values: maxima, [BLOCKS]."""
-    lowest = tl.full((), 0, tl.int64) + LOWEST_KEY
+    lowest = tl.full((), LOWEST_KEY, tl.int64)
     highest = ordered_keys(best).to(tl.int64)
     none = tl.full((), 0, tl.int64)
     if top_k <= blocks:
@@ -72,33 +72,36 @@ def _kth_largest(row, vocab, maxima, blocks, listed, candidates, values, best, t
         blocks,
         listed,
         candidates,
-        bound,
-        lowest,
-        highest,
-        top_k,
-        0.0,
-        best,
-        0.0,
-        0.0,
-        0.0,
-        False,
-        BLOCKS,
+        bound=bound,
+        lowest=lowest,
+        highest=highest,
+        needed=top_k,
+        share=1.0,
+        best=best,
+        inverse=1.0,
+        least_logit=0.0,
+        least_weight=0.0,
+        MASS=False,
+        BLOCKS=BLOCKS,
     )
     return float_of_key(key.to(tl.int32))
 
 
 @triton.jit
-def _winning_block(row, vocab, listed, number, random, best, inverse, least_logit, least_weight):
-    """Of the listed blocks, the one with the largest score; the first of equal ones."""
-    scores = tl.full([TILE], 0.0, tl.float64)
-    winners = tl.full([TILE], 0, tl.int32)
+def _winning_block(
+    row, vocab, listed, number, sums, random, best, inverse, least_logit, least_weight, BLOCKS: tl.constexpr
+):
+    """Of the listed blocks, the one with the largest score. sums: [blocks] int64, room."""
     for first in range(0, number, TILE):
-        blocks, x = load_listed(row, vocab, listed, first, number)
+        _, x = load_listed(row, vocab, listed, first, number)
         weights = kept_weights(x, best, inverse, least_logit, least_weight).to(tl.int64)
-        score = tl.sum(weights, axis=1).to(tl.float64) / exponentials(random, block_keys(blocks))
-        winners = tl.where(score > scores, blocks, winners)
-        scores = tl.maximum(score, scores)
-    return _first_winner(scores, winners)
+        places = first + tl.arange(0, TILE)
+        tl.store(sums + places, tl.sum(weights, axis=1), mask=places < number)
+    tl.debug_barrier()
+    places = tl.arange(0, BLOCKS)
+    blocks = tl.load(listed + places, mask=places < number, other=0)
+    sums_of_blocks = tl.load(sums + places, mask=places < number, other=0).to(tl.float64)
+    return _first_winner(sums_of_blocks / exponentials(random, block_keys(blocks)), blocks)
 
 
 @triton.jit
@@ -124,7 +127,8 @@ def _sample(
     block_maxima,  # [R, blocks]
     blocks,
     listed,  # [R, blocks] int32, room
-    candidates,  # [R, CANDIDATES] int32, room
+    candidates,  # [R, ROOM] int32, room
+    sums,  # [R, blocks] int64, room
     temperature,  # [R]
     min_p,  # [R]
     top_k,  # [R]
@@ -141,7 +145,8 @@ def _sample(
     row = logits + at * stride
     maxima = block_maxima + at * blocks
     listed += at * blocks
-    candidates += at * CANDIDATES
+    candidates += at * ROOM
+    sums += at * blocks
     numbers = tl.arange(0, BLOCKS)
     values = tl.load(maxima + numbers, mask=numbers < blocks, other=float("-inf"))
     best = tl.max(values, axis=0)
@@ -171,17 +176,17 @@ def _sample(
                 blocks,
                 listed,
                 candidates,
-                bound,
-                tl.full((), 0, tl.int64) + BELOW_ONE_KEY,
-                tl.full((), 0, tl.int64) + WEIGHT_SCALE_KEY,
-                tl.full((), 0, tl.int64),
-                share,
-                best,
-                inverse,
-                least_logit,
-                least_weight,
-                True,
-                BLOCKS,
+                bound=bound,
+                lowest=tl.full((), BELOW_ONE_KEY, tl.int64),
+                highest=tl.full((), WEIGHT_SCALE_KEY, tl.int64),
+                needed=tl.full((), 0, tl.int64),
+                share=share,
+                best=best,
+                inverse=inverse,
+                least_logit=least_logit,
+                least_weight=least_weight,
+                MASS=True,
+                BLOCKS=BLOCKS,
             )
             threshold = key.to(tl.int32).to(tl.float32, bitcast=True)
             least_weight = tl.maximum(least_weight, threshold)
@@ -189,7 +194,9 @@ def _sample(
 
     random = random_bits(tl.load(seeds + at), tl.load(positions + at))
     number = list_blocks(maxima, blocks, bound, listed, BLOCKS)
-    block = _winning_block(row, vocab, listed, number, random, best, inverse, least_logit, least_weight)
+    block = _winning_block(
+        row, vocab, listed, number, sums, random, best, inverse, least_logit, least_weight, BLOCKS
+    )
     token = _winning_token(row, vocab, block, random, best, inverse, least_logit, least_weight)
     tl.store(tokens + at, token.to(tl.int64))
 
@@ -229,8 +236,9 @@ def sample_rows_launches(
 ) -> tuple[Launch, Launch]:
     """tokens: int64 [R], valid: bool [R], written. Otherwise as `sample_rows`."""
     check_logits(logits)
-    _check_rows(
+    check_vectors(
         logits,
+        logits.shape[0],
         temperature=(temperature, torch.float32),
         min_p=(min_p, torch.float32),
         top_k=(top_k, torch.int64),
@@ -243,8 +251,11 @@ def sample_rows_launches(
     rows, vocab = logits.shape
     blocks = number_of_blocks(vocab)
     maxima = logits.new_empty(rows, blocks)
-    room = torch.empty(rows, blocks + CANDIDATES.value, dtype=torch.int32, device=logits.device).view(-1)
-    listed, candidates = room[: rows * blocks], room[rows * blocks :]
+    room = {
+        "listed": torch.empty(rows, blocks, dtype=torch.int32, device=logits.device),
+        "candidates": torch.empty(rows, ROOM.value, dtype=torch.int32, device=logits.device),
+        "sums": torch.empty(rows, blocks, dtype=torch.int64, device=logits.device),
+    }
     draw = Launch(
         _sample,
         (rows,),
@@ -254,8 +265,7 @@ def sample_rows_launches(
             "vocab": vocab,
             "block_maxima": maxima,
             "blocks": blocks,
-            "listed": listed,
-            "candidates": candidates,
+            **room,
             "temperature": temperature,
             "min_p": min_p,
             "top_k": top_k,
@@ -279,7 +289,7 @@ def greedy_rows_launches(
 ) -> tuple[Launch, Launch]:
     """tokens: int64 [R], valid: bool [R], written. Otherwise as `greedy_rows`."""
     check_logits(logits)
-    _check_rows(logits, tokens=(tokens, torch.int64), valid=(valid, torch.bool))
+    check_vectors(logits, logits.shape[0], tokens=(tokens, torch.int64), valid=(valid, torch.bool))
     rows, vocab = logits.shape
     blocks = number_of_blocks(vocab)
     maxima = logits.new_empty(rows, blocks)
@@ -300,15 +310,6 @@ def greedy_rows_launches(
         num_stages=1,
     )
     return block_maxima_launch(logits, maxima), choose
-
-
-def _check_rows(logits: torch.Tensor, **tensors: tuple[torch.Tensor, torch.dtype]) -> None:
-    """One value for each row."""
-    for name, (tensor, dtype) in tensors.items():
-        check_shape(name, tensor, (logits.shape[0],))
-        check_dtype(name, tensor, (dtype,))
-        check_contiguous(name, tensor)
-        check_device(logits, **{name: tensor})
 
 
 def sample_rows(

@@ -36,6 +36,8 @@ VECTOR = tl.constexpr(4)
 LANES = tl.constexpr(TILE.value * RACE_BLOCK.value // VECTOR.value)
 PIVOTS = tl.constexpr(4)
 CANDIDATES = tl.constexpr(4096)
+ROOM = tl.constexpr(CANDIDATES.value + 4)
+"""For the candidates of a row and their number, rounded up to 16 bytes."""
 
 
 @triton.jit
@@ -54,7 +56,8 @@ def logit_bound(weight, best, inverse):
 
 @triton.jit
 def list_blocks(maxima, blocks, bound, listed, BLOCKS: tl.constexpr):
-    """Write to `listed` the numbers of the blocks with a logit from `bound` on, in order. Returns how many."""
+    """Write to `listed`, in order, the numbers of the blocks with a logit from `bound` on. Returns how many
+    they are."""
     numbers = tl.arange(0, BLOCKS)
     matters = tl.load(maxima + numbers, mask=numbers < blocks, other=float("-inf")) >= bound
     matters = (matters & (numbers < blocks)).to(tl.int32)
@@ -136,18 +139,21 @@ def _gather(
     MASS: tl.constexpr,
 ):
     """The keys from lowest to highest of the listed blocks, [CANDIDATES], NO_KEY behind them. They go through
-    `candidates`, where no more than CANDIDATES must come to lie."""
-    tl.debug_barrier()  # every thread has read the candidates before
-    found = 0
+    `candidates`, where no more than CANDIDATES must come to lie, in any order; behind is their number."""
+    number_found = candidates + CANDIDATES
+    tl.store(number_found, 0)
+    tl.debug_barrier()  # and every thread has read the candidates before
     for first in range(0, number, TILE):
         _, x = load_listed(row, vocab, listed, first, number)
-        keys = tl.ravel(_keys(x, best, inverse, least_logit, least_weight, MASS))
-        inside = ((keys >= lowest) & (keys <= highest)).to(tl.int32)
-        places = found + tl.cumsum(inside, axis=0) - inside
-        tl.store(candidates + places, keys, mask=(inside > 0) & (places < CANDIDATES))
-        found += tl.sum(inside, axis=0)
+        keys = _keys(x, best, inverse, least_logit, least_weight, MASS)
+        inside = (keys >= lowest) & (keys <= highest)
+        counters = tl.broadcast_to(number_found, keys.shape)
+        places = tl.atomic_add(counters, 1, mask=inside, sem="relaxed", scope="cta")
+        tl.store(candidates + places, keys, mask=inside & (places < CANDIDATES))
     tl.debug_barrier()
     places = tl.arange(0, CANDIDATES)
+    # Past the first-level cache: atomics change the second.
+    found = tl.load(number_found, cache_modifier=".cg")
     return tl.load(candidates + places, mask=places < found, other=NO_KEY)
 
 
@@ -172,7 +178,7 @@ def find_threshold(
     maxima,  # [blocks] of the row
     blocks,
     listed,  # [blocks] int32, room
-    candidates,  # [CANDIDATES] int32, room
+    candidates,  # [ROOM] int32, room
     bound,  # no logit under it has a key above lowest
     lowest,  # the range of the result, int64
     highest,

@@ -1,6 +1,6 @@
 /* From rows of logits to tokens: which are allowed, the likeliest, draws, and how likely tokens were.
 
-   What is drawn is what sampler.py of the engine defines, step for step: weights are whole numbers below
+   What is drawn is what sampling.py of the reference defines, step for step: weights are whole numbers below
    2^33, so that sums of 2^20 of them are exact in doubles, in whatever order they are added. Each row is one thread's
    work and depends on nothing but itself. */
 
@@ -10,7 +10,7 @@
 
 #include "vectors.h"
 
-#define BLOCK 256            /* RACE_BLOCK of sampler.py */
+#define BLOCK 256            /* RACE_BLOCK of sampling.py */
 #define WEIGHT_SCALE 0x1p32f /* as there */
 #define GOLDEN UINT64_C(0x9e3779b97f4a7c15)
 
@@ -240,7 +240,7 @@ static double sum_blocks(const float *weights, int64_t padded, float least, doub
   return total;
 }
 
-/* The finaliser of splitmix64, as sampling_noise.py of the engine has it. */
+/* The finaliser of splitmix64, as counter_noise.py of the reference has it. */
 INLINE uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
   x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
