@@ -24,22 +24,25 @@ def target_architecture() -> int:
 @dataclass(slots=True, eq=False)
 class Launch:
     """kernel: a `triton.jit` function. grid: programs along up to three axes. arguments: by name, constants
-    included. num_warps: of 32 threads, for each program. num_stages: depth of the software pipeline."""
+    included. num_warps: of 32 threads, for each program. num_stages: depth of the software pipeline. max_registers: of a thread; without it the assembler may
+    keep values in memory to have room for one program more."""
 
     kernel: Any
     grid: Grid
     arguments: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
 
     def run(self) -> None:
         """Queue the kernel on the current stream. A grid without programs queues nothing."""
         if 0 in self.grid:
             return
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.arguments, **self._options())
 
     def compile(self) -> Any:
         """The compiled kernel for the current target, not launched."""
-        return self.kernel.warmup(
-            grid=self.grid, **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        return self.kernel.warmup(grid=self.grid, **self.arguments, **self._options())
+
+    def _options(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}

@@ -280,6 +280,8 @@ def sample_rows_launches(
         },
         num_warps=16,
         num_stages=1,
+        # All there are for 512 threads: one program has a multiprocessor to itself.
+        max_registers=128,
     )
     return block_maxima_launch(logits, maxima), draw
 

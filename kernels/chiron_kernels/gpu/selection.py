@@ -35,7 +35,7 @@ VECTOR = tl.constexpr(4)
 """Neighbouring logits that one thread loads at once, and adds up on its own."""
 LANES = tl.constexpr(TILE.value * RACE_BLOCK.value // VECTOR.value)
 PIVOTS = tl.constexpr(4)
-CANDIDATES = tl.constexpr(4096)
+CANDIDATES = tl.constexpr(2048)
 ROOM = tl.constexpr(CANDIDATES.value + 4)
 """For the candidates of a row and their number, rounded up to 16 bytes."""
 
