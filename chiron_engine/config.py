@@ -10,7 +10,10 @@ GIB = 1 << 30
 DEVICE_NUMBER = re.compile(r"(?<=^cuda:)\d+$", re.ASCII)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
+KERNELS = ("auto", "compiled", "triton", "torch")
 EXECUTORS = ("torch", "simulated")
+BLOCK_SIZE = 16
+BLOCK_SIZE_OF_TRITON = 64
 MOST_GUESSES = 15
 """Of one request in a step: rows of a forward pass come in tiles of 16."""
 
@@ -20,7 +23,9 @@ class EngineConfig:
     """One engine. Names follow vLLM's flags where the meaning is the same.
 
     model: a Hugging Face directory or id, a .gguf file, or `smollm2`. dtype: auto, float32, bfloat16,
-    float16 (CUDA) or int8 (CPU). device: auto, cpu, cuda or cuda:N. block_size: tokens a KV block holds.
+    float16 (CUDA) or int8 (CPU). device: auto, cpu, cuda or cuda:N. kernels: compiled (CPU), triton (CUDA),
+    torch (either), or auto for the quickest the device has. block_size: tokens a KV block holds; None
+    takes 64 with Triton's kernels, which read a block at a time, and 16 elsewhere.
     kv_cache_memory: bytes of the device KV pool; None takes a share of what is free
     (`gpu_memory_utilization` of the device on CUDA). swap_space: bytes of the host KV tier.
     max_model_len: None takes the model's own context length.
@@ -41,7 +46,8 @@ class EngineConfig:
     served_model_name: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    block_size: int = 16
+    kernels: str = "auto"
+    block_size: int | None = None
     kv_cache_memory: int | None = None
     swap_space: int = GIB // 2
     gpu_memory_utilization: float = 0.9
@@ -69,10 +75,12 @@ class EngineConfig:
         _one_of("executor", self.executor, EXECUTORS)
         self._check_simulated()
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kernels", self.kernels, KERNELS)
         _one_of("device", DEVICE_NUMBER.sub("N", self.device), DEVICES)
         for name in WHOLE:
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
-        _within("block_size", self.block_size, 1, 4096)
+        if self.block_size is not None:
+            _within("block_size", self.block_size, 1, 4096)
         _at_least("kv_cache_memory", self.kv_cache_memory, 1)
         _at_least("swap_space", self.swap_space, 0)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from chiron_engine.config import DEVICES, DTYPES, EXECUTORS, MOST_GUESSES, EngineConfig
+from chiron_engine.config import DEVICES, DTYPES, EXECUTORS, KERNELS, MOST_GUESSES, EngineConfig
 from chiron_engine.policy.iteration.local_autoscaler import LOCAL_AUTOSCALERS
 
 from .exits import usage_errors
@@ -42,6 +42,7 @@ ENGINE_OPTIONS = dict(
         _entry("served_model_name", "--served-model-name", str | None, "Name clients see for the model."),
         _entry("dtype", "--dtype", str, "Type of weights and KV.", **choice(DTYPES)),
         _entry("device", "--device", str, "Where the model runs.", metavar="|".join(DEVICES)),
+        _entry("kernels", "--kernels", str, "What computes between the matrix products.", **choice(KERNELS)),
         _entry("max_num_seqs", "--max-num-seqs", int | None, "Requests that run at once (64).", min=1),
         _entry(
             "max_num_batched_tokens",
@@ -57,7 +58,14 @@ ENGINE_OPTIONS = dict(
             "Tokens of prompt and output (the model's).",
             min=1,
         ),
-        _entry("block_size", "--block-size", int, "Tokens in one KV block.", min=1, max=4096),
+        _entry(
+            "block_size",
+            "--block-size",
+            int | None,
+            "Tokens in one KV block (16; 64 on a GPU).",
+            min=1,
+            max=4096,
+        ),
         _entry("kv_cache_memory", "--kv-cache-memory", int | None, "For KV blocks (a share).", **SIZE),
         _entry("swap_space", "--swap-space", int | None, "Host memory for saved KV (512MiB).", **SIZE),
         _entry(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chiron_engine.config import EngineConfig
+from chiron_engine.config import BLOCK_SIZE, EngineConfig
 from chiron_engine.core.clocks import MonotonicClock
 from chiron_engine.core.executor import ExecutorShape
 from chiron_engine.core.real_time_executor import RealTimeExecutor, ScaledStepTimes
@@ -48,8 +48,9 @@ def fill_from_profile(config: EngineConfig, given: Mapping[str, Any]) -> EngineC
 
 def simulated_shape(config: EngineConfig, profile: Profile, vocab_size: int) -> ExecutorShape:
     """Raises ValueError for more than the profile has: its step times end there."""
-    block_bytes = profile.kv_bytes_per_token * config.block_size
-    most = profile.kv_capacity_tokens // config.block_size
+    block_size = config.block_size or BLOCK_SIZE
+    block_bytes = profile.kv_bytes_per_token * block_size
+    most = profile.kv_capacity_tokens // block_size
     blocks = most if config.kv_cache_memory is None else config.kv_cache_memory // block_bytes
     if not 0 < blocks <= most:
         raise ValueError(
@@ -70,12 +71,12 @@ def simulated_shape(config: EngineConfig, profile: Profile, vocab_size: int) -> 
             f"{config.max_num_seqs}; a step must have room for a token of every request"
         )
     return ExecutorShape(
-        block_size=config.block_size,
+        block_size=block_size,
         num_device_blocks=blocks,
         num_host_blocks=config.swap_space // block_bytes,
         max_slots=config.max_num_seqs,
         max_step_tokens=config.max_num_batched_tokens,
-        max_model_len=min(config.max_model_len or profile.max_model_len, blocks * config.block_size),
+        max_model_len=min(config.max_model_len or profile.max_model_len, blocks * block_size),
         vocab_size=vocab_size,
     )
 

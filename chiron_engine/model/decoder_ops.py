@@ -9,7 +9,7 @@ import torch
 from chiron_kernels.cpu import decoder_ops as compiled
 from torch.nn.functional import rms_norm, silu
 
-from chiron_engine.model.rope import rotate
+from chiron_engine.model.rope import Angles, rotate
 
 
 class DecoderOps(Protocol):
@@ -25,9 +25,7 @@ class DecoderOps(Protocol):
         """silu(gate) * up, [T, size], of gate_up [T, 2 size]."""
         ...
 
-    def rotated(
-        self, heads: torch.Tensor, count: int, angles: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def rotated(self, heads: torch.Tensor, count: int, angles: Angles) -> torch.Tensor:
         """The first `count` heads, rotated: [T, count, D]; angles as `Rope.angles` gives them."""
         ...
 
@@ -46,9 +44,7 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return silu(gate) * up
 
-    def rotated(
-        self, heads: torch.Tensor, count: int, angles: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def rotated(self, heads: torch.Tensor, count: int, angles: Angles) -> torch.Tensor:
         return rotate(heads[:, :count], angles)
 
 
@@ -66,8 +62,6 @@ class CompiledOps:
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
         return compiled.silu_multiply(self._kernels, gate_up)
 
-    def rotated(
-        self, heads: torch.Tensor, count: int, angles: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def rotated(self, heads: torch.Tensor, count: int, angles: Angles) -> torch.Tensor:
         compiled.rotate(self._kernels, heads, count, *angles)
         return heads[:, :count]

@@ -18,7 +18,9 @@ from chiron_engine.model.directory import CONFIG, eos_token_ids, model_name, rea
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.hugging_face_attention import FORWARD, LayerAttention, PagedForward, Probe
 from chiron_engine.model.hugging_face_config import context_length, layer_windows, refuse_unsupported
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.parts import backend_for
 from chiron_engine.model.precision import Precision
 from chiron_engine.model.spec import ModelSpec
 
@@ -104,7 +106,7 @@ class HuggingFaceModel:
         *,
         precision: Precision,
         device: torch.device,
-        attention: AttentionBackend,
+        kernels: Kernels,
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
         report = progress or (lambda phase, fraction: None)
@@ -113,9 +115,9 @@ class HuggingFaceModel:
         report("self-check", 0.0)
         architecture = check_supported(config)
         report("load weights", 0.0)
-        packed = PackedModel(_load(path, precision.compute, device), attention)
+        packed = PackedModel(_load(path, precision.compute, device), backend_for(kernels, device))
         report("load weights", 1.0)
-        self.precision = precision
+        self.precision, self.kernels = precision, kernels
         self._packed = packed
         self.spec = ModelSpec(
             name=model_name(path),

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from chiron_kernels.cpu.paged_attention import LARGEST_HEAD
 
-from chiron_engine.model.attention import AttentionBackend, AttentionBatch, TorchAttention
-from chiron_engine.model.compiled_attention import CompiledAttention
-from chiron_engine.model.cpu_kernels import kernels_for, why_not_int8
+from chiron_engine.model.attention import AttentionBatch
+from chiron_engine.model.cpu_kernels import why_not_int8
 from chiron_engine.model.directory import CONFIG, check_directory, read_json
 from chiron_engine.model.errors import ModelError
+from chiron_engine.model.kernel_choice import Kernels, best_kernels
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.llama_config import ARCHITECTURES, architecture_of, parse_config
 from chiron_engine.model.precision import BFLOAT16, FLOAT32, INT8, Precision
@@ -25,6 +25,7 @@ class CausalLM(Protocol):
 
     spec: ModelSpec
     precision: Precision
+    kernels: Kernels
 
     def forward(
         self,
@@ -44,21 +45,22 @@ def load_model(
     *,
     precision: Precision,
     device: torch.device,
+    kernels: Kernels | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> CausalLM:
-    """Load the model in directory `path`. Raises ModelError where it is broken or not supported, also
-    in this precision."""
+    """Load the model in directory `path`. kernels: None takes the best for the device. Raises ModelError
+    where the model is broken or not supported, also in this precision."""
     check_directory(path)
     if precision.int8_weights and (reason := why_not_int8_model(path)) is not None:
         raise ModelError(f"{reason}; take float32 or bfloat16")
-    attention = _attention_for(device)
+    kernels = kernels or best_kernels(device)
     if is_native(path):
         from chiron_engine.model.native import LlamaModel
 
-        return LlamaModel(path, precision=precision, device=device, attention=attention, progress=progress)
+        return LlamaModel(path, precision=precision, device=device, kernels=kernels, progress=progress)
     from chiron_engine.model.hugging_face import HuggingFaceModel
 
-    return HuggingFaceModel(path, precision=precision, device=device, attention=attention, progress=progress)
+    return HuggingFaceModel(path, precision=precision, device=device, kernels=kernels, progress=progress)
 
 
 def is_native(path: Path) -> bool:
@@ -77,15 +79,12 @@ def why_not_int8_model(path: Path) -> str | None:
     return None
 
 
-def _attention_for(device: torch.device) -> AttentionBackend:
-    kernels = kernels_for(device)
-    return TorchAttention() if kernels is None else CompiledAttention(kernels)
-
-
-def default_precision(path: Path, device: torch.device) -> Precision:
+def default_precision(path: Path, device: torch.device, kernels: Kernels | None = None) -> Precision:
     """What dtype `auto` means for the model in directory `path`: bfloat16 on a GPU; on the CPU int8 where
     it can run, which is the fastest and loses next to nothing (docs/cpu.md), else float32. bfloat16 is
     slower than float32 on a CPU without matrix tiles from some 32 rows on."""
     if device.type != "cpu":
         return BFLOAT16
-    return FLOAT32 if why_not_int8(device) or why_not_int8_model(path) else INT8
+    if (kernels or best_kernels(device)) is not Kernels.COMPILED or why_not_int8(device):
+        return FLOAT32
+    return FLOAT32 if why_not_int8_model(path) else INT8

@@ -6,45 +6,30 @@ request; where its keys and values live is the attention backend's business.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import embedding, rms_norm
+from torch.nn.functional import embedding
 
-from chiron_engine.model.attention import AttentionBackend, AttentionBatch
+from chiron_engine.model.attention import AttentionBatch
 from chiron_engine.model.checkpoint import Checkpoint
-from chiron_engine.model.cpu_kernels import kernels_for
-from chiron_engine.model.decoder_ops import CompiledOps, DecoderOps, TorchOps
 from chiron_engine.model.directory import CONFIG, eos_token_ids, model_name, read_json
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.kv_pool import KvPool
-from chiron_engine.model.linear import GatedLinear, Int8Linear, Linear
 from chiron_engine.model.llama_config import LlamaConfig, parse_config
+from chiron_engine.model.parts import AnyLinear, MakeLinear, Parts, parts_for
 from chiron_engine.model.precision import Precision
 from chiron_engine.model.rope import Rope
+from chiron_engine.model.self_attention import HeadNorms, Heads
 from chiron_engine.model.spec import LayerGeometry, ModelSpec
-
-AnyLinear = Callable[[torch.Tensor], torch.Tensor]
-MakeLinear = Callable[..., AnyLinear]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What the layers of a model in some precision on some device are made of. linear, gated: called with
-    a weight, and a bias where there is one."""
-
-    ops: DecoderOps
-    linear: MakeLinear
-    gated: MakeLinear
 
 
 class LlamaLayer:
     """One decoder layer: its weights, query, key and value packed into one matrix, gate and up
     into another."""
 
-    __slots__ = ("down", "gated", "input_norm", "k_norm", "mlp_norm", "output", "q_norm", "qkv", "window")
+    __slots__ = ("down", "gated", "input_norm", "mlp_norm", "norms", "output", "qkv", "window")
 
     def __init__(self, config: LlamaConfig, index: int, weights: Checkpoint, parts: Parts) -> None:
         prefix = f"model.layers.{index}."
@@ -69,10 +54,12 @@ class LlamaLayer:
         middle = config.intermediate_size
         self.gated = packed("mlp", {"gate": middle, "up": middle}, hidden, config.mlp_bias, parts.gated)
         self.down = packed("mlp", {"down": hidden}, middle, config.mlp_bias)
-        self.q_norm = self.k_norm = None
+        self.norms = None
         if config.qk_norm:
-            self.q_norm = weights.read_copy(f"{prefix}self_attn.q_norm.weight", (dim,))
-            self.k_norm = weights.read_copy(f"{prefix}self_attn.k_norm.weight", (dim,))
+            self.norms = HeadNorms(
+                weights.read_copy(f"{prefix}self_attn.q_norm.weight", (dim,)),
+                weights.read_copy(f"{prefix}self_attn.k_norm.weight", (dim,)),
+            )
 
 
 class LlamaModel:
@@ -84,12 +71,12 @@ class LlamaModel:
         *,
         precision: Precision,
         device: torch.device,
-        attention: AttentionBackend,
+        kernels: Kernels,
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
         raw = read_json(path / CONFIG)
         self.config = config = parse_config(raw)
-        self.precision = precision
+        self.precision, self.kernels = precision, kernels
         self.spec = ModelSpec(
             name=model_name(path),
             architecture=config.architecture,
@@ -100,7 +87,7 @@ class LlamaModel:
             path=path,
         )
         weights = Checkpoint(path, precision.compute, device)
-        parts = _parts_of(precision, device)
+        parts = parts_for(precision, device, kernels)
         table = (config.vocab_size, config.hidden_size)
         # On the CPU the table is only looked up in, so that little of it need be in memory: the head is
         # packed apart from it even where the two are tied.
@@ -110,8 +97,9 @@ class LlamaModel:
         self._head = parts.linear(self._embedding if shared else weights.read(head, table))
         self._norm = weights.read_copy("model.norm.weight", (config.hidden_size,))
         self._rope = Rope(config.rope, precision.compute, device)
-        self._attention = attention
-        self._ops = parts.ops
+        self._ops, self._backend = parts.ops, parts.backend
+        heads = Heads(config.heads, config.kv_heads, config.head_dim, config.norm_eps)
+        self._self_attention = parts.self_attention(heads)
         self._layers = []
         for index in range(config.num_layers):
             self._layers.append(LlamaLayer(config, index, weights, parts))
@@ -129,56 +117,21 @@ class LlamaModel:
     ) -> torch.Tensor:
         """Next-token logits, float32 [S, vocab_size], of the rows in `sample_rows` (int64 [S]);
         input_ids and positions are int64 [T]."""
-        self._attention.begin(batch, pool)
+        self._backend.begin(batch, pool)
         angles = self._rope.angles(positions)
         x = embedding(input_ids, self._embedding).to(self.precision.compute)
         ops, eps = self._ops, self.config.norm_eps
         delta = None
         for index, layer in enumerate(self._layers):
             x, normed = ops.add_norm(x, delta, layer.input_norm, eps)
-            attended = self._attend(index, layer, normed, angles, batch, pool)
+            qkv = layer.qkv(normed)
+            attended = self._self_attention.attend(index, qkv, layer.norms, angles, batch, pool, layer.window)
             if layer is self._layers[-1]:  # of the other rows only keys and values were wanted
                 x, attended = x[sample_rows], attended[sample_rows]
             x, normed = ops.add_norm(x, layer.output(attended), layer.mlp_norm, eps)
             delta = layer.down(layer.gated(normed))
         _, normed = ops.add_norm(x, delta, self._norm, eps)
         return self._head(normed).float()
-
-    def _attend(
-        self,
-        index: int,
-        layer: LlamaLayer,
-        x: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        batch: AttentionBatch,
-        pool: KvPool,
-    ) -> torch.Tensor:
-        config = self.config
-        queries, keys = config.heads, config.kv_heads
-        qkv = layer.qkv(x).view(x.shape[0], -1, config.head_dim)
-        heads, v = qkv, qkv[:, queries + keys :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qkv[:, :queries], qkv[:, queries : queries + keys]
-            heads = torch.cat((self._normalise(q, layer.q_norm), self._normalise(k, layer.k_norm)), dim=1)
-        q, k = self._ops.rotated(heads, queries + keys, angles).split((queries, keys), dim=1)
-        scale = config.head_dim**-0.5
-        attended = self._attention.attend(index, q, k, v, pool, batch, scale, layer.window, None, None)
-        return attended.flatten(1)
-
-    def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, weight.shape, weight, self.config.norm_eps)
-
-
-def _parts_of(precision: Precision, device: torch.device) -> Parts:
-    kernels = kernels_for(device) if precision.compute == torch.float32 else None
-    ops: DecoderOps = TorchOps() if kernels is None else CompiledOps(kernels)
-    if not precision.int8_weights:
-        return Parts(ops, Linear, functools.partial(GatedLinear, ops))
-    if kernels is None:
-        raise ValueError(f"int8 weights need the compiled CPU kernels, which {device} does not have")
-    return Parts(
-        ops, functools.partial(Int8Linear, kernels), functools.partial(Int8Linear, kernels, gated=True)
-    )
 
 
 def _is_derived(name: str) -> bool:

@@ -11,6 +11,9 @@ import torch
 
 from chiron_engine.model.errors import ModelError
 
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""cos and signed sin of the rows' positions, [T, 1, head_dim] each."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSettings:
@@ -110,14 +113,14 @@ class Rope:
         self._frequencies = frequencies.to(device)
         self._dtype = dtype
 
-    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def angles(self, positions: torch.Tensor) -> Angles:
         """cos and signed sin, each [T, 1, head_dim], for int64 positions [T]; shared by all layers."""
         angle = positions[:, None, None].float() * self._frequencies
         cos, sin = angle.cos() * self._factor, angle.sin() * self._factor
         return torch.cat((cos, cos), -1).to(self._dtype), torch.cat((-sin, sin), -1).to(self._dtype)
 
 
-def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(x: torch.Tensor, angles: Angles) -> torch.Tensor:
     """x [T, H, D], element i paired with i + D / 2: x cos + (other half) (signed sin)."""
     cos, sin = angles
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

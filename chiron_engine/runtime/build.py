@@ -11,6 +11,7 @@ import torch
 
 from chiron_engine.config import EngineConfig
 from chiron_engine.model.cpu_kernels import why_not_int8
+from chiron_engine.model.kernel_choice import Kernels, named_kernels
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.loader import CausalLM, default_precision, load_model
 from chiron_engine.model.precision import PRECISIONS, Precision
@@ -19,7 +20,7 @@ from chiron_engine.model.spec import ModelSpec
 
 from .errors import OutOfMemory
 from .host_memory import available_bytes, keep_freed_memory
-from .kv_sizing import KvSizes, check_config, default_cpu_pool, size_kv
+from .kv_sizing import KvSizes, check_config, choose_block_size, default_cpu_pool, size_kv
 from .torch_executor import TorchExecutor
 from .trial_steps import run_largest_step, warm_up
 
@@ -49,12 +50,13 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
             f"planned before the tokens of the last one are known"
         )
     precision = named_precision(config.dtype, device)
+    kernels = named_kernels(config.kernels, device)
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     if device.type == "cpu":
         keep_freed_memory()
     try:
         path = resolve_model(config.model, progress)
-        model = _load(path, precision or default_precision(path, device), device, report)
+        model = _load(path, precision or default_precision(path, device, kernels), device, kernels, report)
         executor = _with_pools(config, model, device, report)
         report("warm up", 0.0)
         warm_up(executor)
@@ -114,23 +116,26 @@ def named_precision(name: str, device: torch.device) -> Precision | None:
     return PRECISIONS[name]
 
 
-def _load(path: Path, precision: Precision, device: torch.device, report: Progress) -> CausalLM:
+def _load(
+    path: Path, precision: Precision, device: torch.device, kernels: Kernels, report: Progress
+) -> CausalLM:
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if device.type == "cpu" and weights > (available := available_bytes()):
         raise OutOfMemory(f"loading {path.name}", weights, available, "take a smaller model")
-    return load_model(path, precision=precision, device=device, progress=report)
+    return load_model(path, precision=precision, device=device, kernels=kernels, progress=report)
 
 
 def _with_pools(
     config: EngineConfig, model: CausalLM, device: torch.device, report: Progress
 ) -> TorchExecutor:
     report("size KV cache", 0.0)
-    block_bytes = KvPool.block_bytes(config.block_size, model.spec.layers, model.precision.kv)
+    block_size = choose_block_size(config, model.kernels)
+    block_bytes = KvPool.block_bytes(block_size, model.spec.layers, model.precision.kv)
     if device.type == "cuda":
-        pool_bytes = _cuda_pool_bytes(config, model, device)
+        pool_bytes = _cuda_pool_bytes(config, block_size, model, device)
     else:
         pool_bytes = _cpu_pool_bytes(config, available_bytes())
-    sizes = size_kv(config, model.spec.max_model_len, block_bytes, pool_bytes)
+    sizes = size_kv(config, block_size, model.spec.max_model_len, block_bytes, pool_bytes)
     if device.type == "cuda":
         _check_swap_space(sizes.host_blocks * block_bytes, available_bytes())
     executor = make_executor(config, model, sizes, device)
@@ -143,11 +148,11 @@ def make_executor(
 ) -> TorchExecutor:
     """Allocate the pools of these sizes."""
     layers, dtype = model.spec.layers, model.precision.kv
-    pool = KvPool(sizes.device_blocks, config.block_size, layers, dtype, device)
+    pool = KvPool(sizes.device_blocks, sizes.block_size, layers, dtype, device)
     host = None
     if sizes.host_blocks:
         pinned = device.type == "cuda"
-        host = KvPool(sizes.host_blocks, config.block_size, layers, dtype, "cpu", pinned=pinned)
+        host = KvPool(sizes.host_blocks, sizes.block_size, layers, dtype, "cpu", pinned=pinned)
     return TorchExecutor(
         model,
         pool,
@@ -176,10 +181,13 @@ def _check_swap_space(swap: int, available: int) -> None:
         raise OutOfMemory("the swap space on the host", swap, available, "lower swap_space")
 
 
-def _cuda_pool_bytes(config: EngineConfig, model: CausalLM, device: torch.device) -> int:
+def _cuda_pool_bytes(config: EngineConfig, block_size: int, model: CausalLM, device: torch.device) -> int:
     """What `gpu_memory_utilization` of the device leaves beside everything on it now, the largest
-    step, and what attention gathers."""
-    step_bytes = _largest_step_bytes(config, model, device) + _mask_bytes(config, model)
+    step, and what torch's attention gathers where it is in use."""
+    gathers = model.kernels is Kernels.TORCH
+    step_bytes = _largest_step_bytes(config, block_size, model, device)
+    if gathers:
+        step_bytes += _mask_bytes(config, model)
     free, total = torch.cuda.mem_get_info(device)
     if config.kv_cache_memory is not None:
         left, share = free - step_bytes - CUDA_RESERVE, config.kv_cache_memory
@@ -187,7 +195,8 @@ def _cuda_pool_bytes(config: EngineConfig, model: CausalLM, device: torch.device
             raise OutOfMemory("the KV cache", share, left, "lower kv_cache_memory")
         return share
     left = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes - CUDA_RESERVE
-    return int(max(left, 0) / (1 + GATHERED_LAYERS / len(model.spec.layers)))
+    gathered = GATHERED_LAYERS / len(model.spec.layers) if gathers else 0.0
+    return int(max(left, 0) / (1 + gathered))
 
 
 def _mask_bytes(config: EngineConfig, model: CausalLM) -> int:
@@ -197,11 +206,11 @@ def _mask_bytes(config: EngineConfig, model: CausalLM) -> int:
     return min(config.max_num_batched_tokens, longest) * longest * (model.precision.compute.itemsize + 2)
 
 
-def _largest_step_bytes(config: EngineConfig, model: CausalLM, device: torch.device) -> int:
+def _largest_step_bytes(config: EngineConfig, block_size: int, model: CausalLM, device: torch.device) -> int:
     """Peak of a full step over what stands before it, by running one on a pool of its own."""
     tokens = max(config.max_num_batched_tokens // config.max_num_seqs, 1) + 1
-    blocks = -(-tokens // config.block_size) * config.max_num_seqs
-    sizes = KvSizes(blocks, 0, model.spec.max_model_len, config.block_size)
+    blocks = -(-tokens // block_size) * config.max_num_seqs
+    sizes = KvSizes(blocks, 0, model.spec.max_model_len, block_size)
     trial = make_executor(config, model, sizes, device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

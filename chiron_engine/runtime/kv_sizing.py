@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chiron_engine.config import GIB, EngineConfig
+from chiron_engine.config import BLOCK_SIZE, BLOCK_SIZE_OF_TRITON, GIB, EngineConfig
+from chiron_engine.model.kernel_choice import Kernels
 
 from .errors import OutOfMemory
 
@@ -37,20 +38,31 @@ def default_cpu_pool(available: int) -> int:
     return min(DEFAULT_CPU_POOL, available // 4)
 
 
-def size_kv(config: EngineConfig, model_len: int, block_bytes: int, pool_bytes: int) -> KvSizes:
-    """Divide `pool_bytes` into blocks.
+def choose_block_size(config: EngineConfig, kernels: Kernels) -> int:
+    """Tokens of a block. Raises ValueError for what the kernels do not take."""
+    size, triton = config.block_size, kernels is Kernels.TRITON
+    if size is None:
+        return BLOCK_SIZE_OF_TRITON if triton else BLOCK_SIZE
+    if triton and size & (size - 1):
+        raise ValueError(f"block_size is {size}; for Triton's kernels it must be a power of two")
+    return size
+
+
+def size_kv(
+    config: EngineConfig, block_size: int, model_len: int, block_bytes: int, pool_bytes: int
+) -> KvSizes:
+    """Divide `pool_bytes` into blocks of block_size tokens.
 
     model_len: the context the model was made for. Without a max_model_len in the configuration
     the context shrinks to what the pool holds; one that was asked for and does not fit is refused.
     A pool whose size was not asked for is no larger than max_num_seqs requests can use.
     Raises ValueError for a context longer than the model's, OutOfMemory for a pool too small.
     """
-    size = config.block_size
     wanted = config.max_model_len if config.max_model_len is not None else model_len
     if wanted > model_len:
         raise ValueError(f"max_model_len is {wanted}; the model was made for at most {model_len} tokens")
     blocks = pool_bytes // block_bytes
-    needed = -(-wanted // size)
+    needed = -(-wanted // block_size)
     if blocks < 2 or (blocks < needed and config.max_model_len is not None):
         raise OutOfMemory(
             f"a KV pool for one request of {wanted} tokens ({needed} blocks of {block_bytes:,} bytes)",
@@ -58,15 +70,15 @@ def size_kv(config: EngineConfig, model_len: int, block_bytes: int, pool_bytes: 
             pool_bytes,
             "lower max_model_len or raise kv_cache_memory",
         )
-    max_len = min(wanted, blocks * size)
+    max_len = min(wanted, blocks * block_size)
     if config.kv_cache_memory is None:
         blocks = min(blocks, max(needed * config.max_num_seqs, needed))
-    return KvSizes(blocks, config.swap_space // block_bytes, max_len, size)
+    return KvSizes(blocks, config.swap_space // block_bytes, max_len, block_size)
 
 
 def check_config(config: EngineConfig) -> None:
     """Raise ValueError for capacities that cannot be."""
-    for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.max_num_batched_tokens < config.max_num_seqs:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from chiron_engine.model.attention import TorchAttention
 from chiron_engine.model.errors import ModelError, UncheckedModel
 from chiron_engine.model.hugging_face import HuggingFaceModel, check_supported
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.llama_config import ARCHITECTURES
 from chiron_engine.model.loader import CausalLM, load_model
 from chiron_engine.model.precision import FLOAT32
@@ -118,7 +118,7 @@ def _loaded(folder: Path, config: Any) -> list[CausalLM]:
     model = load_model(folder, precision=FLOAT32, device=_CPU)
     if model.spec.architecture not in ARCHITECTURES or isinstance(model, HuggingFaceModel):
         return [model]
-    return [model, HuggingFaceModel(folder, precision=FLOAT32, device=_CPU, attention=TorchAttention())]
+    return [model, HuggingFaceModel(folder, precision=FLOAT32, device=_CPU, kernels=Kernels.TORCH)]
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from chiron_engine.model import self_check
 from chiron_engine.model.attention import TorchAttention
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.hugging_face import HuggingFaceModel
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.loader import load_model
 from chiron_engine.model.precision import FLOAT32
 from tests.model.tiny_config import TINY
@@ -122,7 +123,7 @@ def test_equals_the_native_decoder(save_tiny: Save) -> None:
     _, path = save_tiny(Qwen3Config(**(TINY | {"head_dim": 16})))
     prompts = random_prompts(96)
     options: dict[str, Any] = {"precision": FLOAT32, "device": CPU}
-    through_class = HuggingFaceModel(path, attention=TorchAttention(), **options)
+    through_class = HuggingFaceModel(path, kernels=Kernels.TORCH, **options)
     native = load_model(path, **options)
     assert native.spec == through_class.spec
     assert relative_error(paged_logits(native, prompts), paged_logits(through_class, prompts)) < 1e-5
@@ -172,7 +173,7 @@ def test_refused_by_name(name: str, tmp_path: Path) -> None:
     config.architectures = ["Anything"]
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=cause) as caught:
-        HuggingFaceModel(tmp_path, precision=FLOAT32, device=CPU, attention=TorchAttention())
+        HuggingFaceModel(tmp_path, precision=FLOAT32, device=CPU, kernels=Kernels.TORCH)
     assert "\n" not in str(caught.value)
 
 

@@ -14,6 +14,7 @@ from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.model import cpu_kernels, loader
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.loader import default_precision
 from chiron_engine.model.precision import BFLOAT16, FLOAT32, INT8
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
@@ -223,24 +224,27 @@ def test_without_what_int8_needs_it_is_refused_and_not_the_default(
 def test_a_cuda_pool_leaves_room_for_steps_and_what_else_is_there(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The arithmetic, with a pretended device: 1 GiB in use out of 10, a step of 64 MiB."""
+    """The arithmetic, with a pretended device: 1 GiB in use out of 10, a step of 64 MiB. Only torch's
+    attention gathers and masks."""
     cpu = torch.device("cpu")
     gib = 1 << 30
     model = build_executor(config)[0].model
-    peaks = iter([200 << 20, 200 << 20])
     for name, value in {
         "synchronize": lambda device: None,
         "reset_peak_memory_stats": lambda device: None,
         "empty_cache": lambda: None,
         "memory_allocated": lambda device: 136 << 20,
-        "max_memory_allocated": lambda device: next(peaks),
+        "max_memory_allocated": lambda device: 200 << 20,
         "mem_get_info": lambda device: (9 * gib, 10 * gib),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     config = replace(config, kv_cache_memory=None, gpu_memory_utilization=0.5)
     masks = 512 * 512 * 6
-    left = 5 * gib - gib - (64 << 20) - masks - build.CUDA_RESERVE
-    pool = build._cuda_pool_bytes(config, model, cpu)
-    assert pool == int(left / (1 + build.GATHERED_LAYERS / 2))
+    left = 5 * gib - gib - (64 << 20) - build.CUDA_RESERVE
+    model.kernels = Kernels.TRITON
+    assert build._cuda_pool_bytes(config, 16, model, cpu) == left
+    model.kernels = Kernels.TORCH
+    pool = build._cuda_pool_bytes(config, 16, model, cpu)
+    assert pool == int((left - masks) / (1 + build.GATHERED_LAYERS / 2))
     with pytest.raises(OutOfMemory, match="lower kv_cache_memory"):
-        build._cuda_pool_bytes(replace(config, kv_cache_memory=9 * gib), model, cpu)
+        build._cuda_pool_bytes(replace(config, kv_cache_memory=9 * gib), 16, model, cpu)

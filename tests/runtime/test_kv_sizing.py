@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from chiron_engine.config import GIB, EngineConfig
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.runtime import host_memory
 from chiron_engine.runtime.errors import OutOfMemory
 from chiron_engine.runtime.host_memory import (
@@ -17,38 +18,39 @@ from chiron_engine.runtime.host_memory import (
     available_bytes,
     keep_freed_memory,
 )
-from chiron_engine.runtime.kv_sizing import check_config, default_cpu_pool, size_kv
+from chiron_engine.runtime.kv_sizing import check_config, choose_block_size, default_cpu_pool, size_kv
 
-CONFIG = EngineConfig("m", block_size=16, swap_space=10_000, max_num_seqs=4)
+BLOCK = 16
+CONFIG = EngineConfig("m", swap_space=10_000, max_num_seqs=4)
 BLOCK_BYTES = 1000
 
 
 def test_blocks_fill_the_pool_that_was_asked_for() -> None:
-    sizes = size_kv(replace(CONFIG, kv_cache_memory=1), 64, BLOCK_BYTES, 123_456)
+    sizes = size_kv(replace(CONFIG, kv_cache_memory=1), BLOCK, 64, BLOCK_BYTES, 123_456)
     assert (sizes.device_blocks, sizes.host_blocks, sizes.max_model_len) == (123, 10, 64)
     assert sizes.tokens == 1968
     assert "1,968 tokens" in sizes.describe()
 
 
 def test_a_default_pool_is_no_larger_than_the_requests_can_use() -> None:
-    assert size_kv(CONFIG, 64, BLOCK_BYTES, 123_456).device_blocks == 4 * 4
+    assert size_kv(CONFIG, BLOCK, 64, BLOCK_BYTES, 123_456).device_blocks == 4 * 4
 
 
 def test_the_context_shrinks_to_the_pool_unless_it_was_asked_for() -> None:
-    assert size_kv(CONFIG, 8192, BLOCK_BYTES, 20_500).max_model_len == 320
+    assert size_kv(CONFIG, BLOCK, 8192, BLOCK_BYTES, 20_500).max_model_len == 320
     with pytest.raises(OutOfMemory, match=r"8192 tokens \(512 blocks of 1,000 bytes\)") as caught:
-        size_kv(replace(CONFIG, max_model_len=8192), 8192, BLOCK_BYTES, 20_500)
+        size_kv(replace(CONFIG, max_model_len=8192), BLOCK, 8192, BLOCK_BYTES, 20_500)
     assert (caught.value.needed, caught.value.available) == (512_000, 20_500)
 
 
 def test_a_pool_of_no_use_is_refused() -> None:
     with pytest.raises(OutOfMemory, match="kv_cache_memory"):
-        size_kv(CONFIG, 8192, BLOCK_BYTES, 1999)
+        size_kv(CONFIG, BLOCK, 8192, BLOCK_BYTES, 1999)
 
 
 def test_a_context_over_the_models_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_model_len is 65; .* at most 64"):
-        size_kv(replace(CONFIG, max_model_len=65), 64, BLOCK_BYTES, 123_456)
+        size_kv(replace(CONFIG, max_model_len=65), BLOCK, 64, BLOCK_BYTES, 123_456)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,14 @@ def test_settings_that_cannot_be(change: dict[str, object], message: str) -> Non
     check_config(CONFIG)
     with pytest.raises(ValueError, match=message):
         check_config(replace(CONFIG, **change))
+
+
+def test_blocks_are_of_the_size_asked_for_or_the_best_for_the_kernels() -> None:
+    assert [choose_block_size(CONFIG, kernels) for kernels in Kernels] == [16, 64, 16]
+    odd = replace(CONFIG, block_size=24)
+    assert choose_block_size(odd, Kernels.TORCH) == 24
+    with pytest.raises(ValueError, match="block_size is 24; for Triton's kernels it must be a power of two"):
+        choose_block_size(odd, Kernels.TRITON)
 
 
 def test_default_cpu_pool() -> None:

@@ -1,0 +1,168 @@
+"""Attention by Triton's kernels: one launch for the decoding rows of a step and one for its chunks, which
+differ too much for one kernel to be quick at both. Nothing is read back from the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from chiron_kernels.gpu.decode_attention import decode_attention
+from chiron_kernels.gpu.decode_plan import LARGEST_HEAD
+from chiron_kernels.gpu.decode_splits import DecodeSplits, decode_splits
+from chiron_kernels.gpu.kv_write import kv_write
+from chiron_kernels.gpu.prefill_attention import prefill_attention
+from chiron_kernels.gpu.query_blocks import QueryBlocks, query_blocks
+from chiron_kernels.gpu.rope_kv import rope_kv_write
+
+from chiron_engine.model.attention import AttentionBatch, TorchAttention
+from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.rope import Angles
+from chiron_engine.model.self_attention import HeadNorms, Heads
+
+
+@dataclass(slots=True, eq=False)
+class _Chunks:
+    """The chunks of a forward pass, which begin at row `first`, on the device: starts int64 [C + 1] counted
+    from there, contexts and slots int64 [C]. longest: tokens of the longest context with its chunk."""
+
+    first: int
+    starts: torch.Tensor
+    contexts: torch.Tensor
+    slots: torch.Tensor
+    longest: int
+
+
+class TritonAttention:
+    """Heads over LARGEST_HEAD go through torch."""
+
+    def __init__(self) -> None:
+        self._torch = TorchAttention()
+        self._chunks: _Chunks | None = None
+        self._splits: dict[tuple[torch.Size, int | None], DecodeSplits] = {}
+        self._blocks: dict[int, QueryBlocks] = {}
+
+    def begin(self, batch: AttentionBatch, pool: KvPool) -> None:
+        self._torch.begin(batch, pool)
+        self._splits.clear()
+        self._blocks.clear()
+        self._chunks = _uploaded_chunks(batch, pool.device) if batch.chunks else None
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pool: KvPool,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if q.shape[2] > LARGEST_HEAD:
+            return self._torch.attend(layer, q, k, v, pool, batch, scale, window, softcap, sinks)
+        # Some models turn queries and keys in float32.
+        stored = pool.dtype
+        kv_write(k.to(stored), v.to(stored), pool.kv(layer), batch.write_blocks, batch.write_offsets)
+        out = self.attend_stored(layer, q.to(stored), pool, batch, scale, window, softcap, sinks)
+        return out.to(q.dtype)
+
+    def attend_stored(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        pool: KvPool,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `attend`, where the keys and values of the rows are in the pool already."""
+        kv, count = pool.kv(layer), batch.num_decodes
+        options = {"window": window, "softcap": softcap, "sinks": sinks}
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if count:
+            splits = self._splits_for(kv, batch, window)
+            slots, lens = batch.decode_slots, batch.decode_lens
+            decode_attention(
+                q[:count], kv, batch.tables, slots, lens, splits, scale, out=out[:count], **options
+            )
+        if self._chunks is not None:
+            chunks, blocks = self._chunks, self._blocks_for(q, kv)
+            prefill_attention(
+                q[count:],
+                kv,
+                batch.tables,
+                chunks.slots,
+                chunks.starts,
+                chunks.contexts,
+                blocks,
+                scale,
+                max_len=chunks.longest,
+                out=out[count:],
+                **options,
+            )
+        return out
+
+    def _splits_for(self, kv: torch.Tensor, batch: AttentionBatch, window: int | None) -> DecodeSplits:
+        key = kv.shape, window
+        if key not in self._splits:
+            self._splits[key] = decode_splits(batch.decode_lens, kv, batch.tables, window=window)
+        return self._splits[key]
+
+    def _blocks_for(self, q: torch.Tensor, kv: torch.Tensor) -> QueryBlocks:
+        chunks = self._chunks
+        assert chunks is not None
+        group = q.shape[1] // kv.shape[3]
+        if group not in self._blocks:
+            tokens = q.shape[0] - chunks.first
+            self._blocks[group] = query_blocks(chunks.starts, chunks.contexts, tokens, group)
+        return self._blocks[group]
+
+
+def _uploaded_chunks(batch: AttentionBatch, device: torch.device) -> _Chunks:
+    """In one copy. They lie one after another behind the decoding rows."""
+    counts = [chunk.count for chunk in batch.chunks]
+    contexts = [chunk.context for chunk in batch.chunks]
+    slots = [chunk.slot for chunk in batch.chunks]
+    packed = torch.from_numpy(np.array([0, *np.cumsum(counts), *contexts, *slots], np.int64))
+    if device.type != "cpu":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    starts, contexts_there, slots_there = packed.split((len(counts) + 1, len(counts), len(counts)))
+    longest = max(context + count for context, count in zip(contexts, counts, strict=True))
+    return _Chunks(batch.num_decodes, starts, contexts_there, slots_there, longest)
+
+
+class FusedSelfAttention:
+    """Norms, rotation and KV write in one launch, then attention: what `SteppedSelfAttention` computes."""
+
+    def __init__(self, heads: Heads, backend: TritonAttention) -> None:
+        self._heads, self._backend = heads, backend
+
+    def attend(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        norms: HeadNorms | None,
+        angles: Angles,
+        batch: AttentionBatch,
+        pool: KvPool,
+        window: int | None,
+    ) -> torch.Tensor:
+        heads = self._heads
+        q = rope_kv_write(
+            qkv,
+            *angles,
+            pool.kv(layer),
+            batch.write_blocks,
+            batch.write_offsets,
+            heads.queries,
+            heads.keys,
+            None if norms is None else norms.query,
+            None if norms is None else norms.key,
+            heads.eps,
+        )
+        return self._backend.attend_stored(layer, q, pool, batch, heads.scale, window).flatten(1)
