@@ -13,6 +13,20 @@ from chiron_kernels.torch_kv import gather_kv, write_kv
 from chiron_engine.model.kv_pool import KvPool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreRule:
+    """What a layer makes of products of queries and keys before the softmax.
+
+    scale: what they are multiplied with. window: keys a row sees, itself included; None is all.
+    softcap c: c tanh(score / c). sinks: [Hq] extra logits of the softmax, which have no value.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
 @dataclass(slots=True, eq=False)
 class ChunkRows:
     """Rows [row_start, row_start + count) continue the request of `slot`, whose first `context` tokens
@@ -64,16 +78,9 @@ class AttentionBackend(Protocol):
         v: torch.Tensor,
         pool: KvPool,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        rule: ScoreRule,
     ) -> torch.Tensor:
-        """Write k, v [T, Hkv, D] to the pool, then attend with q [T, Hq, D]. Returns [T, Hq, D].
-
-        window: keys a row sees, itself included; None is all. softcap: c tanh(score / c).
-        sinks: [Hq] extra logits of the softmax.
-        """
+        """Write k, v [T, Hkv, D] to the pool, then attend with q [T, Hq, D]. Returns [T, Hq, D]."""
         ...
 
 
@@ -119,26 +126,23 @@ class TorchAttention:
         v: torch.Tensor,
         pool: KvPool,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        rule: ScoreRule,
     ) -> torch.Tensor:
         kv = pool.kv(layer)
         write_kv(kv, k, v, batch.write_blocks, batch.write_offsets)
-        derived = self._derived.get(window)
+        derived = self._derived.get(rule.window)
         if derived is None:
-            derived = self._derived[window] = _derive(batch, pool, window, q.dtype)
+            derived = self._derived[rule.window] = _derive(batch, pool, rule.window, q.dtype)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group in derived.decodes:
-            self._decode(group, q, kv, out, batch.num_decodes, scale, softcap, sinks)
+            self._decode(group, q, kv, out, batch.num_decodes, rule)
         for chunk, mask in zip(batch.chunks, derived.chunk_masks, strict=True):
             rows = slice(chunk.row_start, chunk.row_start + chunk.count)
             keys, values = k[rows], v[rows]
             if chunk.context:
                 past = gather_kv(kv, batch.chunk_table(chunk, pool.block_size))[: chunk.context + chunk.count]
                 keys, values = past[:, 0], past[:, 1]
-            out[rows] = chunk_attention(q[rows], keys, values, mask, scale, softcap, sinks)
+            out[rows] = chunk_attention(q[rows], keys, values, mask, rule.scale, rule.softcap, rule.sinks)
         return out
 
     def _decode(
@@ -148,9 +152,7 @@ class TorchAttention:
         kv: torch.Tensor,
         out: torch.Tensor,
         num_decodes: int,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        rule: ScoreRule,
     ) -> None:
         gathered = gather_kv(kv, group.tables, self._scratch_for(group.tables.numel(), kv))
         # A hidden key weighs nothing, but nothing times NaN is NaN: what another request left in
@@ -158,7 +160,7 @@ class TorchAttention:
         gathered.index_fill_(0, group.stale, 0)
         gathered = gathered.view(group.size, -1, *gathered.shape[1:])
         queries = q[:num_decodes] if group.rows is None else q[group.rows]
-        result = decode_attention(queries, gathered, group.mask, scale, softcap, sinks)
+        result = decode_attention(queries, gathered, group.mask, rule.scale, rule.softcap, rule.sinks)
         if group.rows is None:
             out[:num_decodes] = result
         else:

@@ -15,7 +15,7 @@ from chiron_kernels.cpu.paged_attention import (
     paged_attention,
 )
 
-from chiron_engine.model.attention import AttentionBatch, TorchAttention
+from chiron_engine.model.attention import AttentionBatch, ScoreRule, TorchAttention
 from chiron_engine.model.kv_pool import KvPool
 
 
@@ -41,13 +41,10 @@ class CompiledAttention:
         v: torch.Tensor,
         pool: KvPool,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        rule: ScoreRule,
     ) -> torch.Tensor:
         if not can_attend(q.shape[2], pool.dtype):
-            return self._torch.attend(layer, q, k, v, pool, batch, scale, window, softcap, sinks)
+            return self._torch.attend(layer, q, k, v, pool, batch, rule)
         longest = longest_run(self._kernels, q.shape[1], k.shape[1])
         runs = self._runs.get(longest)
         if runs is None:
@@ -61,10 +58,10 @@ class CompiledAttention:
             batch.write_blocks,
             batch.write_offsets,
             runs,
-            scale,
-            window,
-            softcap,
-            None if sinks is None else sinks.float().contiguous(),
+            rule.scale,
+            rule.window,
+            rule.softcap,
+            None if rule.sinks is None else rule.sinks.float().contiguous(),
         )
         return out.to(q.dtype)
 

@@ -7,14 +7,14 @@ call of the model.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
-from chiron_engine.model.attention import AttentionBackend, AttentionBatch
+from chiron_engine.model.attention import AttentionBackend, AttentionBatch, ScoreRule
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.spec import LayerGeometry
@@ -59,7 +59,7 @@ class Probe:
     def __init__(self) -> None:
         self.layers: dict[int, LayerAttention] = {}
 
-    def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **asked: Any) -> Any:
+    def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule) -> Any:
         index, kind = layer_index(module), type(module).__name__
         if index in self.layers:
             raise ModelError(f"{kind} calls attention twice for layer {index}, which is not supported")
@@ -67,10 +67,8 @@ class Probe:
             raise ModelError(f"{kind} has keys {list(k.shape)} unlike values {list(v.shape)}")
         if q.shape[1] % k.shape[1]:
             raise ModelError(f"{kind} has {q.shape[1]} query heads for {k.shape[1]} key heads")
-        window, softcap, sinks = (asked[name] for name in ("window", "softcap", "sinks"))
-        self.layers[index] = LayerAttention(
-            LayerGeometry(k.shape[1], max(k.shape[3], v.shape[3])), window, softcap, sinks is not None
-        )
+        geometry = LayerGeometry(k.shape[1], max(k.shape[3], v.shape[3]))
+        self.layers[index] = LayerAttention(geometry, rule.window, rule.softcap, rule.sinks is not None)
         return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(1, 2)
 
 
@@ -86,15 +84,15 @@ class PagedForward:
     ) -> None:
         self._backend, self._batch, self._pool, self._windows = backend, batch, pool, windows
 
-    def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **asked: Any) -> Any:
+    def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule) -> Any:
         index = layer_index(module)
         size = v.shape[-1]
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
         if k.shape[-1] != size:
             # As latent attention has it. Zeros change no score; those of the values are cut off again.
             q, k, v = (_widened(tensor, max(k.shape[-1], size)) for tensor in (q, k, v))
-        asked["window"] = self._windows[index]
-        out = self._backend.attend(index, q, k, v, self._pool, self._batch, **asked)
+        rule = replace(rule, window=self._windows[index])
+        out = self._backend.attend(index, q, k, v, self._pool, self._batch, rule)
         return out[None, ..., :size]
 
 
@@ -130,10 +128,8 @@ def paged_attention(
         raise ModelError(f"{type(module).__name__} is not plain causal attention, which is not supported")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    out = FORWARD.get().attend(
-        module, query, key, value, scale=float(scaling), window=sliding_window, softcap=softcap, sinks=s_aux
-    )
-    return out, None
+    rule = ScoreRule(float(scaling), sliding_window, softcap, s_aux)
+    return FORWARD.get().attend(module, query, key, value, rule), None
 
 
 def layer_index(module: Any) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import embedding
 
-from chiron_engine.model.attention import AttentionBatch
+from chiron_engine.model.attention import AttentionBatch, ScoreRule
 from chiron_engine.model.checkpoint import Checkpoint
 from chiron_engine.model.directory import CONFIG, eos_token_ids, model_name, read_json
 from chiron_engine.model.kernel_choice import Kernels
@@ -29,7 +29,7 @@ class LlamaLayer:
     """One decoder layer: its weights, query, key and value packed into one matrix, gate and up
     into another."""
 
-    __slots__ = ("down", "gated", "input_norm", "mlp_norm", "norms", "output", "qkv", "window")
+    __slots__ = ("down", "gated", "input_norm", "mlp_norm", "norms", "output", "qkv", "rule")
 
     def __init__(self, config: LlamaConfig, index: int, weights: Checkpoint, parts: Parts) -> None:
         prefix = f"model.layers.{index}."
@@ -46,7 +46,7 @@ class LlamaLayer:
             biases = weights.stack([f"{n}.bias" for n in names], [(r,) for r in rows.values()])
             return make(weight, biases)
 
-        self.window = config.windows[index]
+        self.rule = ScoreRule(dim**-0.5, config.windows[index])
         self.input_norm = weights.read_copy(f"{prefix}input_layernorm.weight", (hidden,))
         self.mlp_norm = weights.read_copy(f"{prefix}post_attention_layernorm.weight", (hidden,))
         self.qkv = packed("self_attn", {"q": query, "k": key, "v": key}, hidden, config.qkv_bias)
@@ -125,7 +125,7 @@ class LlamaModel:
         for index, layer in enumerate(self._layers):
             x, normed = ops.add_norm(x, delta, layer.input_norm, eps)
             qkv = layer.qkv(normed)
-            attended = self._self_attention.attend(index, qkv, layer.norms, angles, batch, pool, layer.window)
+            attended = self._self_attention.attend(index, qkv, layer.norms, angles, batch, pool, layer.rule)
             if layer is self._layers[-1]:  # of the other rows only keys and values were wanted
                 x, attended = x[sample_rows], attended[sample_rows]
             x, normed = ops.add_norm(x, layer.output(attended), layer.mlp_norm, eps)

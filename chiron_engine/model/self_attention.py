@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import rms_norm
 
-from chiron_engine.model.attention import AttentionBackend, AttentionBatch
+from chiron_engine.model.attention import AttentionBackend, AttentionBatch, ScoreRule
 from chiron_engine.model.decoder_ops import DecoderOps
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.rope import Angles
@@ -23,10 +23,6 @@ class Heads:
     keys: int
     dim: int
     eps: float
-
-    @property
-    def scale(self) -> float:
-        return float(self.dim**-0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,7 @@ class SelfAttention(Protocol):
         angles: Angles,
         batch: AttentionBatch,
         pool: KvPool,
-        window: int | None,
+        rule: ScoreRule,
     ) -> torch.Tensor:
         """qkv [T, (Hq + 2 Hkv) D], which may be changed in place; angles as `Rope.angles` gives them.
         Returns [T, Hq D]."""
@@ -67,7 +63,7 @@ class SteppedSelfAttention:
         angles: Angles,
         batch: AttentionBatch,
         pool: KvPool,
-        window: int | None,
+        rule: ScoreRule,
     ) -> torch.Tensor:
         heads = self._heads
         queries, keys = heads.queries, heads.keys
@@ -78,7 +74,7 @@ class SteppedSelfAttention:
             k = self._normalised(packed[:, queries : queries + keys], norms.key)
             turned = torch.cat((q, k), dim=1)
         q, k = self._ops.rotated(turned, queries + keys, angles).split((queries, keys), dim=1)
-        return self._backend.attend(layer, q, k, v, pool, batch, heads.scale, window).flatten(1)
+        return self._backend.attend(layer, q, k, v, pool, batch, rule).flatten(1)
 
     def _normalised(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight.shape, weight, self._heads.eps)

@@ -15,7 +15,7 @@ from chiron_kernels.gpu.prefill_attention import prefill_attention
 from chiron_kernels.gpu.query_blocks import QueryBlocks, query_blocks
 from chiron_kernels.gpu.rope_kv import rope_kv_write
 
-from chiron_engine.model.attention import AttentionBatch, TorchAttention
+from chiron_engine.model.attention import AttentionBatch, ScoreRule, TorchAttention
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.rope import Angles
 from chiron_engine.model.self_attention import HeadNorms, Heads
@@ -56,17 +56,14 @@ class TritonAttention:
         v: torch.Tensor,
         pool: KvPool,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        rule: ScoreRule,
     ) -> torch.Tensor:
         if q.shape[2] > LARGEST_HEAD:
-            return self._torch.attend(layer, q, k, v, pool, batch, scale, window, softcap, sinks)
+            return self._torch.attend(layer, q, k, v, pool, batch, rule)
         # Some models turn queries and keys in float32.
         stored = pool.dtype
         kv_write(k.to(stored), v.to(stored), pool.kv(layer), batch.write_blocks, batch.write_offsets)
-        out = self.attend_stored(layer, q.to(stored), pool, batch, scale, window, softcap, sinks)
+        out = self.attend_stored(layer, q.to(stored), pool, batch, rule)
         return out.to(q.dtype)
 
     def attend_stored(
@@ -75,20 +72,17 @@ class TritonAttention:
         q: torch.Tensor,
         pool: KvPool,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        rule: ScoreRule,
     ) -> torch.Tensor:
         """As `attend`, where the keys and values of the rows are in the pool already."""
         kv, count = pool.kv(layer), batch.num_decodes
-        options = {"window": window, "softcap": softcap, "sinks": sinks}
+        options = {"window": rule.window, "softcap": rule.softcap, "sinks": rule.sinks}
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if count:
-            splits = self._splits_for(kv, batch, window)
+            splits = self._splits_for(kv, batch, rule.window)
             slots, lens = batch.decode_slots, batch.decode_lens
             decode_attention(
-                q[:count], kv, batch.tables, slots, lens, splits, scale, out=out[:count], **options
+                q[:count], kv, batch.tables, slots, lens, splits, rule.scale, out=out[:count], **options
             )
         if self._chunks is not None:
             chunks, blocks = self._chunks, self._blocks_for(q, kv)
@@ -100,7 +94,7 @@ class TritonAttention:
                 chunks.starts,
                 chunks.contexts,
                 blocks,
-                scale,
+                rule.scale,
                 max_len=chunks.longest,
                 out=out[count:],
                 **options,
@@ -150,7 +144,7 @@ class FusedSelfAttention:
         angles: Angles,
         batch: AttentionBatch,
         pool: KvPool,
-        window: int | None,
+        rule: ScoreRule,
     ) -> torch.Tensor:
         heads = self._heads
         q = rope_kv_write(
@@ -165,4 +159,4 @@ class FusedSelfAttention:
             None if norms is None else norms.key,
             heads.eps,
         )
-        return self._backend.attend_stored(layer, q, pool, batch, heads.scale, window).flatten(1)
+        return self._backend.attend_stored(layer, q, pool, batch, rule).flatten(1)

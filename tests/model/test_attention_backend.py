@@ -7,7 +7,7 @@ import torch
 from chiron_kernels.torch_attention import chunk_attention, chunk_mask
 from torch.nn.utils.rnn import pad_sequence
 
-from chiron_engine.model.attention import AttentionBatch, ChunkRows, TorchAttention
+from chiron_engine.model.attention import AttentionBatch, ChunkRows, ScoreRule, TorchAttention
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.spec import LayerGeometry
 
@@ -67,7 +67,7 @@ def run(requests: Requests, window: int | None = None, backend: TorchAttention |
     batch, backend = requests.batch(), backend or TorchAttention()
     backend.begin(batch, requests.pool)
     q, k, v = (requests.new_rows(of) for of in (requests.q, requests.k, requests.v))
-    return backend.attend(0, q, k, v, requests.pool, batch, SCALE, window)
+    return backend.attend(0, q, k, v, requests.pool, batch, ScoreRule(SCALE, window))
 
 
 CASES = {

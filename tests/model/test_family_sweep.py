@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,9 @@ def test_wrong_tokens_fail(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here backends that forget windows, with nothing before them that would notice."""
 
     def forgetting(attend: Attend) -> Attend:
-        def forgetful(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
-            # The native decoder gives everything by position: layer to scale, then the window.
-            named |= {"window": None}
-            return attend(self, *arguments[:7], **named)
+        def forgetful(self: Any, *arguments: Any) -> torch.Tensor:
+            *others, rule = arguments
+            return attend(self, *others, replace(rule, window=None))
 
         return forgetful
 
@@ -83,8 +83,9 @@ def test_wrong_tokens_fail(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_differs_is_refused_by_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def uncapping(attend: Attend) -> Attend:
-        def uncapped(self: Any, *arguments: Any, **named: Any) -> torch.Tensor:
-            return attend(self, *arguments, **(named | {"softcap": None}))
+        def uncapped(self: Any, *arguments: Any) -> torch.Tensor:
+            *others, rule = arguments
+            return attend(self, *others, replace(rule, softcap=None))
 
         return uncapped
 

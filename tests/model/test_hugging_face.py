@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,9 @@ def test_a_window_the_backend_ignores_fails_the_self_check(monkeypatch: pytest.M
     """The self-check sees what it is there for: here a backend that forgets windows."""
     attend = TorchAttention.attend
 
-    def forgetful(self: Any, *arguments: Any, window: Any = None, **named: Any) -> Any:
-        return attend(self, *arguments, window=None, **named)
+    def forgetful(self: Any, *arguments: Any) -> Any:
+        *others, rule = arguments
+        return attend(self, *others, replace(rule, window=None))
 
     monkeypatch.setattr(TorchAttention, "attend", forgetful)
     with pytest.raises(ModelError, match="differs from its own eager attention"):

@@ -28,7 +28,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2Config",
         TINY
         | WINDOWED
-        | {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "num_hidden_layers": 2},
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 2.0,
+            "num_hidden_layers": 2,
+        },
     ),
     "sinks": (
         "GptOssConfig",

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chiron_engine.model.attention import AttentionBatch, TorchAttention
+from chiron_engine.model.attention import AttentionBatch, ScoreRule, TorchAttention
+from chiron_engine.model.kernel_choice import best_kernels
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.precision import FLOAT32
 from chiron_engine.model.spec import LayerGeometry, ModelSpec
@@ -16,6 +17,7 @@ from chiron_engine.model.spec import LayerGeometry, ModelSpec
 HEADS, KV_HEADS, HEAD_DIM, VOCAB, CONTEXT = 4, 2, 16, 211, 256
 LAYERS = 2
 WIDTH = HEADS * HEAD_DIM
+RULE = ScoreRule(HEAD_DIM**-0.5)
 
 
 class TinyCausalLM:
@@ -30,7 +32,7 @@ class TinyCausalLM:
         self.spec = ModelSpec(
             "tiny", "TinyCausalLM", (LayerGeometry(KV_HEADS, HEAD_DIM),) * LAYERS, VOCAB, CONTEXT, (), Path()
         )
-        self.precision = FLOAT32
+        self.precision, self.kernels = FLOAT32, best_kernels(torch.device(device))
         self.embedding = weights(VOCAB, WIDTH, scale=1.0)
         self.positions = weights(CONTEXT, WIDTH, scale=0.5)
         inner = WIDTH + 2 * KV_HEADS * HEAD_DIM
@@ -46,7 +48,7 @@ class TinyCausalLM:
         x = self.embedding[input_ids] + self.positions[positions]
         for layer in range(LAYERS):
             q, k, v = self._qkv(x, layer)
-            attended = self.backend.attend(layer, q, k, v, pool, batch, HEAD_DIM**-0.5)
+            attended = self.backend.attend(layer, q, k, v, pool, batch, RULE)
             x = self._after_attention(x, attended.flatten(1), layer)
         return x[sample_rows] @ self.embedding.T
 
