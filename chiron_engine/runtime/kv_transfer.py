@@ -73,19 +73,10 @@ def copies_by_kernel(copies: Sequence[BlockCopy], num_runs: int, bytes_per_block
     return len({c.device for c in copies}) == len({c.host for c in copies}) == len(copies)
 
 
-def _kernel_between(device: torch.Tensor, host: torch.Tensor) -> CopyBlocks | None:
-    """A kernel reaches the host's memory where it is pinned."""
-    if device.device.type != "cuda" or not host.is_pinned():
-        return None
-    from chiron_kernels.gpu.block_copy import copy_blocks  # Triton is not there without a GPU
-
-    return copy_blocks
-
-
 class KvTransfer:
     """Copies between two pools of equal block size in bytes.
 
-    copy_blocks: for many short runs; None is what the pools allow, which may be nothing."""
+    copy_blocks: for many short runs, where there is a kernel that reaches both pools."""
 
     def __init__(self, device_pool: KvPool, host_pool: KvPool, copy_blocks: CopyBlocks | None = None) -> None:
         if device_pool.bytes_per_block != host_pool.bytes_per_block:
@@ -96,7 +87,7 @@ class KvTransfer:
         self._device_pool = device_pool
         self._device = device_pool.storage
         self._host = host_pool.storage
-        self._copy_blocks = copy_blocks or _kernel_between(self._device, self._host)
+        self._copy_blocks = copy_blocks
 
     def copy_out(self, copies: Sequence[BlockCopy]) -> None:
         """Device to host."""

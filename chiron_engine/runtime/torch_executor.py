@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from chiron_engine.core.executor import ExecutorShape
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.policy.iteration.plan import StepPlan, StepResult
 
-from .kv_transfer import KvTransfer
+from .kv_transfer import CopyBlocks, KvTransfer
 from .prompt_scores import PromptScores
 from .sampler import sample
 from .slots import SlotStates
@@ -68,7 +69,9 @@ class TorchExecutor:
     ) -> None:
         self.model = model
         self.device_pool = device_pool
-        self.transfer = KvTransfer(device_pool, host_pool) if host_pool is not None else None
+        self.transfer = None
+        if host_pool is not None:
+            self.transfer = KvTransfer(device_pool, host_pool, _copy_kernel(model.kernels))
         self.device = device_pool.storage.device
         self.num_invalid_rows = 0
         self._shape = ExecutorShape(
@@ -208,3 +211,12 @@ class TorchExecutor:
         del self.model, self.device_pool, self.transfer, self._states, self._packer
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _copy_kernel(kernels: Kernels) -> CopyBlocks | None:
+    """Triton's, which reaches the host's pool as that is pinned beside a GPU."""
+    if kernels is not Kernels.TRITON:
+        return None
+    from chiron_kernels.gpu.block_copy import copy_blocks
+
+    return copy_blocks
