@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from chiron_kernels.gpu.decode_attention import decode_attention
-from chiron_kernels.gpu.decode_plan import LARGEST_HEAD
-from chiron_kernels.gpu.decode_splits import DecodeSplits, decode_splits
+from chiron_kernels.gpu.decode_plan import DecodeSplits
+from chiron_kernels.gpu.decode_splits import decode_splits
 from chiron_kernels.gpu.kv_write import kv_write
+from chiron_kernels.gpu.paged_kv import LARGEST_HEAD
 from chiron_kernels.gpu.prefill_attention import prefill_attention
 from chiron_kernels.gpu.query_blocks import QueryBlocks, query_blocks
 from chiron_kernels.gpu.rope_kv import rope_kv_write
@@ -40,7 +41,7 @@ class TritonAttention:
         self._torch = TorchAttention()
         self._chunks: _Chunks | None = None
         self._splits: dict[tuple[torch.Size, int | None], DecodeSplits] = {}
-        self._blocks: dict[int, QueryBlocks] = {}
+        self._blocks: dict[tuple[int, int], QueryBlocks] = {}
 
     def begin(self, batch: AttentionBatch, pool: KvPool) -> None:
         self._torch.begin(batch, pool)
@@ -60,10 +61,10 @@ class TritonAttention:
     ) -> torch.Tensor:
         if q.shape[2] > LARGEST_HEAD:
             return self._torch.attend(layer, q, k, v, pool, batch, rule)
-        # Some models turn queries and keys in float32.
+        # Some models turn queries and keys in float32, and give heads apart.
         stored = pool.dtype
         kv_write(k.to(stored), v.to(stored), pool.kv(layer), batch.write_blocks, batch.write_offsets)
-        out = self.attend_stored(layer, q.to(stored), pool, batch, rule)
+        out = self.attend_stored(layer, q.to(stored).contiguous(), pool, batch, rule)
         return out.to(q.dtype)
 
     def attend_stored(
@@ -76,16 +77,23 @@ class TritonAttention:
     ) -> torch.Tensor:
         """As `attend`, where the keys and values of the rows are in the pool already."""
         kv, count = pool.kv(layer), batch.num_decodes
-        options = {"window": rule.window, "softcap": rule.softcap, "sinks": rule.sinks}
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if count:
-            splits = self._splits_for(kv, batch, rule.window)
-            slots, lens = batch.decode_slots, batch.decode_lens
             decode_attention(
-                q[:count], kv, batch.tables, slots, lens, splits, rule.scale, out=out[:count], **options
+                q[:count],
+                kv,
+                batch.tables,
+                batch.decode_slots,
+                batch.decode_lens,
+                self._splits_for(kv, batch, rule.window),
+                rule.scale,
+                window=rule.window,
+                softcap=rule.softcap,
+                sinks=rule.sinks,
+                out=out[:count],
             )
         if self._chunks is not None:
-            chunks, blocks = self._chunks, self._blocks_for(q, kv)
+            chunks = self._chunks
             prefill_attention(
                 q[count:],
                 kv,
@@ -93,11 +101,13 @@ class TritonAttention:
                 chunks.slots,
                 chunks.starts,
                 chunks.contexts,
-                blocks,
+                self._blocks_for(q, kv, chunks),
                 rule.scale,
+                window=rule.window,
+                softcap=rule.softcap,
+                sinks=rule.sinks,
                 max_len=chunks.longest,
                 out=out[count:],
-                **options,
             )
         return out
 
@@ -107,14 +117,12 @@ class TritonAttention:
             self._splits[key] = decode_splits(batch.decode_lens, kv, batch.tables, window=window)
         return self._splits[key]
 
-    def _blocks_for(self, q: torch.Tensor, kv: torch.Tensor) -> QueryBlocks:
-        chunks = self._chunks
-        assert chunks is not None
-        group = q.shape[1] // kv.shape[3]
-        if group not in self._blocks:
+    def _blocks_for(self, q: torch.Tensor, kv: torch.Tensor, chunks: _Chunks) -> QueryBlocks:
+        group, dim = q.shape[1] // kv.shape[3], q.shape[2]
+        if (group, dim) not in self._blocks:
             tokens = q.shape[0] - chunks.first
-            self._blocks[group] = query_blocks(chunks.starts, chunks.contexts, tokens, group)
-        return self._blocks[group]
+            self._blocks[group, dim] = query_blocks(chunks.starts, chunks.contexts, tokens, group, dim)
+        return self._blocks[group, dim]
 
 
 def _uploaded_chunks(batch: AttentionBatch, device: torch.device) -> _Chunks:

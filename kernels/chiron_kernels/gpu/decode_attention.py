@@ -39,7 +39,7 @@ from chiron_kernels.gpu.decode_checks import check_decode, check_results
 from chiron_kernels.gpu.decode_plan import DecodeSplits, power_of_two_from
 from chiron_kernels.gpu.launch import Launch, target_architecture
 from chiron_kernels.gpu.merge_splits import merge_splits_launch
-from chiron_kernels.gpu.pool_checks import EIGHT_BITS
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.pool_tiles import inside_tile, load_tile, look_up, tile_descriptor, tile_loads
 
 LOG2_E = math.log2(math.e)
@@ -301,6 +301,7 @@ def decode_attention(
     lse: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v of the newest query_len tokens of each request: [B * query_len, Hq, D].
 
@@ -316,13 +317,14 @@ def decode_attention(
     window: each query sees its last `window` keys, itself included. softcap: scores become
     softcap * tanh(score / softcap). sinks: [Hq], for each head one more score in the softmax's sum. lse:
     float32 [B * query_len, Hq], written: the natural logarithm of that sum. A query without keys has zeros
-    and -inf. k_scale, v_scale: keys and values are so many times what the pool holds. Raises ValueError for
-    what does not fit.
+    and -inf. k_scale, v_scale: keys and values are so many times what the pool holds. out: what to write to
+    and return, contiguous, as q; a new tensor where not given. Raises ValueError for what does not fit.
     """
     check_shape("q", q, (None, None, None))
     rows = q.shape[1] // splits.kv_heads * splits.query_len
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    partial = out.new_empty(splits.capacity, splits.kv_heads, rows, q.shape[2], dtype=torch.float32)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    partial = q.new_empty(splits.capacity, splits.kv_heads, rows, q.shape[2], dtype=torch.float32)
     partial_lse = partial.new_empty(partial.shape[:3])
     decode_attention_launch(
         q, kv, tables, table_rows, lens, splits, scale, window, softcap, sinks, query_len, lse,

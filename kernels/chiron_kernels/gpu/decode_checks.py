@@ -14,7 +14,7 @@ from chiron_kernels.gpu.checks import (
     check_shape,
 )
 from chiron_kernels.gpu.decode_plan import DecodeSplits, tile_keys
-from chiron_kernels.gpu.pool_checks import EIGHT_BITS, check_pool
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS, STORED, check_kv, check_tables
 
 
 def check_decode(
@@ -31,14 +31,14 @@ def check_decode(
     lse: torch.Tensor | None,
 ) -> None:
     """Raises ValueError if an argument of `decode_attention` does not fit the others."""
-    check_pool(kv)
-    check_shape("tables", tables, (None, None))
+    check_kv(kv, STORED)
+    check_tables(tables)
     _check_splits(splits, kv, tables, window, query_len)
     batch = splits.requests.shape[1]
     _check_queries(q, kv, batch * query_len)
     check_shape("table_rows", table_rows, (batch,))
     check_shape("lens", lens, (batch,))
-    for name, indices in (("tables", tables), ("table_rows", table_rows), ("lens", lens)):
+    for name, indices in (("table_rows", table_rows), ("lens", lens)):
         check_dtype(name, indices, (torch.int64,))
         check_last_dense(name, indices)
     if softcap is not None and softcap <= 0:

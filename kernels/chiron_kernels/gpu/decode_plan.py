@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from chiron_kernels.gpu.checks import check_device, check_shape
-from chiron_kernels.gpu.pool_checks import check_pool
+from chiron_kernels.gpu.paged_kv import STORED, check_kv, check_tables
 
 MOST_QUERIES = 8
 """New tokens of a request: one, and what was drafted."""
@@ -84,10 +84,8 @@ def empty_splits(
     programs: int | None,
 ) -> DecodeSplits:
     """Splits not yet filled in, for the arguments of `decode_splits`, which are checked."""
-    check_pool(kv)
-    check_shape("tables", tables, (None, None))
-    if tables.shape[1] < 1:
-        raise ValueError(f"tables is {list(tables.shape)}; a table must have a block at least")
+    check_kv(kv, STORED)
+    check_tables(tables)
     check_shape("lens", lens, (None,))
     check_device(kv, lens=lens, tables=tables)
     if not 1 <= query_len <= MOST_QUERIES:

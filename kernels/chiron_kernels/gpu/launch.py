@@ -24,8 +24,9 @@ def target_architecture() -> int:
 @dataclass(slots=True, eq=False)
 class Launch:
     """kernel: a `triton.jit` function. grid: programs along up to three axes. arguments: by name, constants
-    included. num_warps: of 32 threads, for each program. num_stages: depth of the software pipeline. max_registers: of a thread; without it the assembler may
-    keep values in memory to have room for one program more."""
+    included. num_warps: of 32 threads, for each program. num_stages: depth of the software pipeline.
+    max_registers: of a thread; without it the assembler may keep values in memory to have room for one
+    program more."""
 
     kernel: Any
     grid: Grid

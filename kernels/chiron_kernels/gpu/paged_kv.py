@@ -11,27 +11,33 @@ of a block everything is dense:
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from chiron_kernels.gpu.checks import FLOATS, check_dtype, check_last_dense, check_shape
 
-WIDEST_HEAD = 256
+LARGEST_HEAD = 256
+EIGHT_BITS = torch.float8_e4m3fn
+STORED = (*FLOATS, EIGHT_BITS)
 
 
-def check_kv(kv: torch.Tensor) -> None:
+def check_kv(kv: torch.Tensor, dtypes: Collection[torch.dtype] = FLOATS) -> None:
     """A layer of the pool, as above."""
     check_shape("kv", kv, (None, None, 2, None, None))
-    check_dtype("kv", kv, FLOATS)
+    check_dtype("kv", kv, dtypes)
     blocks, block_size, _, kv_heads, head_dim = kv.shape
     if blocks < 1 or kv_heads < 1:
         raise ValueError(f"kv is {list(kv.shape)}; it must have a block and a head at least")
     if block_size < 1 or block_size & (block_size - 1):
-        raise ValueError(f"kv has blocks of {block_size} tokens; it must be a power of two")
-    if not 0 < head_dim <= WIDEST_HEAD or head_dim % 2:
-        raise ValueError(f"kv has heads of {head_dim}; they must be even and of 2 to {WIDEST_HEAD}")
+        raise ValueError(f"kv has blocks of {block_size} tokens; they must be of a power of two")
+    if head_dim % 2 or not 0 < head_dim <= LARGEST_HEAD:
+        raise ValueError(f"kv has heads of {head_dim}; they must be even and up to {LARGEST_HEAD}")
     token = 2 * kv_heads * head_dim
     dense = (token, kv_heads * head_dim, head_dim, 1)
-    if kv.stride()[1:] != dense or kv.stride(0) < block_size * token:
+    # Of a dimension of one, the stride does not matter.
+    inside = zip(kv.shape[1:], kv.stride()[1:], dense, strict=True)
+    if any(size > 1 and had != wanted for size, had, wanted in inside) or kv.stride(0) < block_size * token:
         raise ValueError(
             f"kv has strides {list(kv.stride())}; they must be {[block_size * token, *dense]}, the first "
             "that or more"

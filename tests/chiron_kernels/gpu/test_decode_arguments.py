@@ -43,7 +43,7 @@ def splits_for(lens: list[int], device: torch.device, **options: Any) -> Any:
         ("kv", lambda kv: kv[:, :, 0], r"kv is \[\d, 64, 2, 64\]"),
         ("kv", lambda kv: kv[:, :48], "kv has blocks of 48 tokens"),
         ("kv", lambda kv: kv.double(), "kv is float64"),
-        ("kv", lambda kv: kv[..., :32], "within a block they must be"),
+        ("kv", lambda kv: kv[..., :32], "kv has strides"),
         ("kv", lambda kv: kv[:, :, :, :1].contiguous(), "splits were made for kv_heads 2; .* for 1"),
         ("kv", lambda kv: kv[:, :32], "splits were made for tiles 64; they must be for 32"),
         ("tables", lambda t: t[0], r"tables is \[\d\]; it must be \[any, any\]"),

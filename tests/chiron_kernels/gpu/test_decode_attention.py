@@ -163,6 +163,17 @@ def test_lse_is_optional(device: torch.device) -> None:
     torch.testing.assert_close(out.double(), batch.exact()[0], rtol=2e-3, atol=2e-3)
 
 
+def test_writes_where_it_is_told_to(device: torch.device) -> None:
+    batch = make_batch([600, 20], device)
+    inputs = (batch.q, batch.kv, batch.tables, batch.table_rows, batch.lens, batch.splits(programs=8))
+    there = torch.full((5, *batch.q.shape[1:]), torch.nan, dtype=batch.q.dtype, device=device)
+    out = decode_attention(*inputs, batch.scale, out=there[3:])
+    assert out.data_ptr() == there[3:].data_ptr() and there[:3].isnan().all()
+    assert torch.equal(out, decode_attention(*inputs, batch.scale))
+    with pytest.raises(ValueError, match="out is "):
+        decode_attention(*inputs, batch.scale, out=there)
+
+
 @pytest.mark.parametrize("q_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_keys_and_values_of_8_bits(block_size: int, q_dtype: torch.dtype, device: torch.device) -> None:

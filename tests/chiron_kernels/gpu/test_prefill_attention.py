@@ -166,7 +166,7 @@ def test_the_same_whatever_else_is_in_the_step(device: torch.device) -> None:
         ("q", lambda x: x[..., :32].contiguous(), "kv has heads of 64; they must be of 32"),
         ("kv", lambda x: x.float(), "kv is float32; it must be float16"),
         ("kv", lambda x: x[:, :, :1], r"kv is .*; it must be \[any, any, 2, any, any\]"),
-        ("kv", lambda x: x[:, :12], "kv has blocks of 12 tokens; it must be a power of two"),
+        ("kv", lambda x: x[:, :12], "kv has blocks of 12 tokens; they must be of a power of two"),
         ("kv", lambda x: x[:, ::2], "kv has strides"),
         ("kv", lambda x: x[:1].expand(5, -1, -1, -1, -1), "kv has strides"),
         ("kv", lambda x: x[:0], "kv is .*; it must have a block and a head at least"),
