@@ -3,6 +3,7 @@ Triton's for a GPU, or torch alone, which is the reference of both."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from enum import Enum
@@ -28,6 +29,11 @@ def best_kernels(device: torch.device) -> Kernels:
     if device.type == "cpu":
         return Kernels.TORCH if kernels_for(device) is None else Kernels.COMPILED
     return Kernels.TORCH if why_not_triton(device) else Kernels.TRITON
+
+
+def library_of(kernels: Kernels, device: torch.device) -> ctypes.CDLL | None:
+    """What was compiled for this CPU, where that is in use."""
+    return kernels_for(device) if kernels is Kernels.COMPILED else None
 
 
 def named_kernels(name: str, device: torch.device) -> Kernels:

@@ -10,9 +10,8 @@ import torch
 
 from chiron_engine.model.attention import AttentionBackend, TorchAttention
 from chiron_engine.model.compiled_attention import CompiledAttention
-from chiron_engine.model.cpu_kernels import kernels_for
 from chiron_engine.model.decoder_ops import CompiledOps, DecoderOps, TorchOps
-from chiron_engine.model.kernel_choice import Kernels
+from chiron_engine.model.kernel_choice import Kernels, library_of
 from chiron_engine.model.linear import GatedLinear, Int8Linear, Linear
 from chiron_engine.model.precision import Precision
 from chiron_engine.model.self_attention import Heads, SelfAttention, SteppedSelfAttention
@@ -37,7 +36,7 @@ def parts_for(precision: Precision, device: torch.device, kernels: Kernels) -> P
     """Raises ValueError for int8 weights without compiled kernels."""
     if kernels is Kernels.TRITON:
         return _triton_parts(precision)
-    library = kernels_for(device) if kernels is Kernels.COMPILED else None
+    library = library_of(kernels, device)
     narrow = library is None or precision.compute != torch.float32
     ops: DecoderOps = TorchOps() if narrow or library is None else CompiledOps(library)
     backend = backend_for(kernels, device)
@@ -56,7 +55,7 @@ def backend_for(kernels: Kernels, device: torch.device) -> AttentionBackend:
         from chiron_engine.model.triton_attention import TritonAttention
 
         return TritonAttention()
-    library = kernels_for(device) if kernels is Kernels.COMPILED else None
+    library = library_of(kernels, device)
     return TorchAttention() if library is None else CompiledAttention(library)
 
 

@@ -19,7 +19,7 @@ from chiron_kernels.cpu import sampling as compiled
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from torch import Tensor
 
-from chiron_engine.model.cpu_kernels import kernels_for
+from chiron_engine.model.kernel_choice import Kernels, best_kernels, library_of
 from chiron_engine.policy.iteration.request import Request
 from chiron_engine.policy.iteration.sampling_params import Guide
 
@@ -117,15 +117,16 @@ class GuidedRows:
         """To be called before the forward pass is queued. last_tokens: int64 [slots], sampled last."""
         self._sampled = SampledTokens(last_tokens[self._decode_slots])
 
-    def apply(self, logits: Tensor) -> None:
+    def apply(self, logits: Tensor, kernels: Kernels | None = None) -> None:
         """Take what a guide forbids out of `logits` [rows, vocab]. To be called once for each token of a
-        row, in order; on CUDA the host works while the device computes the forward pass."""
+        row, in order; on CUDA the host works while the device computes the forward pass. kernels: None is
+        the best for the device."""
         assert self._sampled is not None  # begun
         for matcher, token in zip(self._matchers, self._sampled.wait(), strict=False):
             if not matcher.consume_token(token):  # all that it allows from now on is the end
                 log.warning("an output left its guide and ends: %s", _first_line(matcher.get_error()))
         compute_masks(self._matchers, self._masks)
-        forbid(logits, self._rows, self._masks)
+        forbid(logits, self._rows, self._masks, kernels)
 
 
 class SampledTokens:
@@ -197,12 +198,12 @@ def compute_masks(matchers: list[LLMatcher], masks: np.ndarray) -> None:
     _executor().unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
 
 
-def forbid(logits: Tensor, rows: Tensor | None, masks: np.ndarray) -> None:
+def forbid(logits: Tensor, rows: Tensor | None, masks: np.ndarray, kernels: Kernels | None = None) -> None:
     """Set `logits` [rows, vocab] to -inf in place where the bit of `masks` [N, words] is 0: of the rows
     `rows` [N], or of all."""
-    kernels = kernels_for(logits.device)
-    if kernels is not None:
-        compiled.forbid(kernels, logits, rows, masks)
+    library = library_of(kernels or best_kernels(logits.device), logits.device)
+    if library is not None:
+        compiled.forbid(library, logits, rows, masks)
     else:
         _forbid_with_torch(logits, rows, masks)
 

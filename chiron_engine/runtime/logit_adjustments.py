@@ -15,7 +15,7 @@ import torch
 from chiron_kernels.reference import penalties as reference
 from torch import Tensor
 
-from chiron_engine.model.gpu_kernels import runs_triton
+from chiron_engine.model.kernel_choice import Kernels, best_kernels
 from chiron_engine.policy.iteration.request import Request
 
 from .uploads import IntArray, upload_array
@@ -71,18 +71,26 @@ class LogitAdjustments:
     penalties: _PenaltyRows | None
     history: Tensor | None
 
-    def apply(self, logits: Tensor, positions: Tensor, last_tokens: Tensor, longest: int) -> None:
+    def apply(
+        self,
+        logits: Tensor,
+        positions: Tensor,
+        last_tokens: Tensor,
+        longest: int,
+        kernels: Kernels | None = None,
+    ) -> None:
         """Change `logits` [rows, vocab] float32 in place. positions: int64 [rows], the index in its
         sequence of the token to choose. last_tokens: int64 [slots], sampled last. longest: at least the
-        largest position. To be called once for each token of a row, in order."""
-        kernels = _kernels_for(logits)
+        largest position. kernels: None is the best for the device. To be called once for each token of a
+        row, in order."""
+        module = _module_of(kernels or best_kernels(logits.device))
         if self.entries is not None:
             of = self.entries
-            kernels.adjust(logits, positions, of.rows, of.tokens, of.values, of.until)
+            module.adjust(logits, positions, of.rows, of.tokens, of.values, of.until)
         if self.penalties is not None and self.history is not None:
             note_sampled(self.history, self.penalties, positions, last_tokens)
             to = self.penalties
-            kernels.penalise(
+            module.penalise(
                 logits,
                 self.history[:, :longest],
                 positions,
@@ -95,9 +103,9 @@ class LogitAdjustments:
             )
 
 
-def _kernels_for(logits: Tensor) -> ModuleType:
-    """The module that has `adjust` and `penalise` for logits of this device."""
-    if not runs_triton(logits.device):
+def _module_of(kernels: Kernels) -> ModuleType:
+    """What has `adjust` and `penalise`."""
+    if kernels is not Kernels.TRITON:
         return reference
     from chiron_kernels.gpu import penalties
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chiron_engine.model.attention import ChunkRows
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.policy.iteration.plan import StepPlan, TokenLogprobs
 
 from .slots import SlotStates
@@ -28,11 +29,11 @@ class PromptRows:
     counts: list[int]
     chunks: list[tuple[int, int]]
 
-    def scores(self, logits: Tensor) -> PromptScores:
-        """logits: float32 [N, vocab]."""
+    def scores(self, logits: Tensor, kernels: Kernels | None = None) -> PromptScores:
+        """logits: float32 [N, vocab]. kernels: None is the best for the device."""
         every = range(len(self.counts))
         of = LogprobRows(list(every), torch.arange(len(every), device=logits.device), self.counts)
-        found, ranks = ranked_logprobs_of(logits, self.targets, of)
+        found, ranks = ranked_logprobs_of(logits, self.targets, of, kernels)
         return PromptScores(found, ranks, self.chunks)
 
 

@@ -24,8 +24,7 @@ from chiron_kernels.reference.counter_noise import random_bits, signed
 from chiron_kernels.reference.sampling import MIN_TEMPERATURE, draw, finite
 from torch import Tensor
 
-from chiron_engine.model.cpu_kernels import kernels_for
-from chiron_engine.model.gpu_kernels import runs_triton
+from chiron_engine.model.kernel_choice import Kernels, best_kernels, library_of
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
 
 from .uploads import upload_array
@@ -35,8 +34,7 @@ from .uploads import upload_array
 class SamplingRows:
     """Sampling parameters of the rows of one step that are not greedy, on the device, with what the host must
     know to leave out work: `all_greedy`, `any_min_p`, `largest_top_k` (0: no row has one), `any_top_p`.
-    indices: which rows they are; None means all. For the Triton kernels they are of all rows, with
-    temperature 0 for the greedy ones."""
+    indices: which rows they are; None means all, with temperature 0 for the greedy ones."""
 
     temperature: Tensor
     min_p: Tensor
@@ -51,10 +49,12 @@ class SamplingRows:
 
 
 class SamplingTable:
-    """The sampling parameters of every slot, on the host."""
+    """The sampling parameters of every slot, on the host. every_row: Triton's kernels want those of greedy
+    rows beside others, too."""
 
-    def __init__(self, max_slots: int, vocab_size: int) -> None:
+    def __init__(self, max_slots: int, vocab_size: int, every_row: bool = False) -> None:
         self._vocab_size = vocab_size
+        self._every_row = every_row
         self._temperature = np.zeros(max_slots, np.float32)
         self._min_p = np.zeros(max_slots, np.float32)
         self._top_k = np.zeros(max_slots, np.int64)
@@ -76,7 +76,7 @@ class SamplingTable:
         if not drawn.size:
             empty = torch.empty(0)
             return SamplingRows(empty, empty, empty, empty, empty, None, True, False, 0, False)
-        some = drawn.size < len(slots) and not runs_triton(device)
+        some = drawn.size < len(slots) and not self._every_row
         slots = slots[drawn] if some else slots
         min_p, top_k, top_p = self._min_p[slots], self._top_k[slots], self._top_p[slots]
         return SamplingRows(
@@ -93,18 +93,22 @@ class SamplingTable:
         )
 
 
-def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, rows: SamplingRows, positions: Tensor, kernels: Kernels | None = None
+) -> tuple[Tensor, Tensor]:
     """One token for each row.
 
     logits: [rows, vocab] float32. positions: [rows] int64, the index in its sequence of the token
     to draw. Returns the tokens [rows] int64 and [rows] bool, False where no logit was above -inf:
-    such a row gets token 0. NaN counts as -inf and +inf as the largest finite number.
+    such a row gets token 0. NaN counts as -inf and +inf as the largest finite number. kernels: None is
+    the best for the device; Triton's want rows of a table with every_row.
     """
-    if runs_triton(logits.device):
+    kernels = kernels or best_kernels(logits.device)
+    if kernels is Kernels.TRITON:
         return _sample_with_triton(logits, rows, positions)
-    kernels = kernels_for(logits.device)
-    if kernels is not None:
-        return _sample_compiled(kernels, logits, rows, positions)
+    library = library_of(kernels, logits.device)
+    if library is not None:
+        return _sample_compiled(library, logits, rows, positions)
     return _sample_with_torch(logits, rows, positions)
 
 
@@ -127,15 +131,15 @@ def _sample_with_triton(logits: Tensor, rows: SamplingRows, positions: Tensor) -
 
 
 def _sample_compiled(
-    kernels: ctypes.CDLL, logits: Tensor, rows: SamplingRows, positions: Tensor
+    library: ctypes.CDLL, logits: Tensor, rows: SamplingRows, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     if rows.all_greedy or rows.indices is not None:
-        best, tokens = compiled.row_maxima(kernels, logits)
+        best, tokens = compiled.row_maxima(library, logits)
     else:
         best, tokens = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
     if not rows.all_greedy:
         draws = compiled.Draws(rows.temperature, rows.min_p, rows.top_k, rows.top_p, rows.seeds)
-        compiled.draw(kernels, logits, positions, rows.indices, draws, best, tokens)
+        compiled.draw(library, logits, positions, rows.indices, draws, best, tokens)
     return tokens, best > -torch.inf
 
 

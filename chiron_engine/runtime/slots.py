@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.policy.iteration.drafts import num_verified
 from chiron_engine.policy.iteration.plan import Draft, Grown, Joined, StepPlan
 
@@ -27,12 +28,18 @@ class SlotStates:
     """
 
     def __init__(
-        self, max_slots: int, table_width: int, vocab_size: int, max_model_len: int, device: torch.device
+        self,
+        max_slots: int,
+        table_width: int,
+        vocab_size: int,
+        max_model_len: int,
+        device: torch.device,
+        kernels: Kernels = Kernels.TORCH,
     ) -> None:
         self.device = device
         self.lengths: IntArray = np.zeros(max_slots, np.int64)
         self.tables: IntArray = np.zeros((max_slots, table_width), np.int64)
-        self.sampling = SamplingTable(max_slots, vocab_size)
+        self.sampling = SamplingTable(max_slots, vocab_size, every_row=kernels is Kernels.TRITON)
         self.adjustments = AdjustmentTable(max_slots, max_model_len, device)
         self.logprobs = LogprobTable(max_slots, device)
         self.guides = GuideTable(vocab_size, device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chiron_engine.model.attention import AttentionBatch, ChunkRows
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.policy.iteration.plan import NO_DECODES, Chunk, DecodeBatch, Draft, StepPlan
 
 from .guides import GuidedRows
@@ -80,9 +81,10 @@ class DecodeRows:
 class StepPacker:
     """Builds the inputs of each step from its plan and the states of the slots."""
 
-    def __init__(self, states: SlotStates, block_size: int) -> None:
+    def __init__(self, states: SlotStates, block_size: int, kernels: Kernels = Kernels.TORCH) -> None:
         self._states = states
         self._block_size = block_size
+        self._find_places = _places_by_kernel if kernels is Kernels.TRITON else _places
         self._decodes = DecodeRows(NO_DECODES, states)
 
     def pack(self, plan: StepPlan) -> StepInputs:
@@ -91,6 +93,7 @@ class StepPacker:
         decodes = self._advance_decodes(plan)
         positions = decodes.lens - 1
         tables = self._states.device_tables
+        blocks, offsets = self._find_places(positions, decodes.slots, tables, self._block_size)
         inputs = StepInputs(
             input_ids=self._states.last_tokens.index_select(0, decodes.slots),
             positions=positions,
@@ -101,8 +104,8 @@ class StepPacker:
                 decode_lens=decodes.lens,
                 max_decode_len=decodes.max_len,
                 chunks=[],
-                write_blocks=tables[decodes.slots, positions // self._block_size],
-                write_offsets=positions % self._block_size,
+                write_blocks=blocks,
+                write_offsets=offsets,
             ),
             sample_rows=decodes.rows,
             slots=decodes.slots,
@@ -169,6 +172,20 @@ class StepPacker:
         else:
             tokens = self._states.known_tokens(run.slot, run.start, run.count)
         return np.stack((tokens, positions, blocks, positions % self._block_size))
+
+
+def _places(positions: Tensor, slots: Tensor, tables: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Block and offset of the tokens at these positions of these slots, int64 [rows] each."""
+    return tables[slots, positions // block_size], positions % block_size
+
+
+def _places_by_kernel(
+    positions: Tensor, slots: Tensor, tables: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """The same in one launch."""
+    from chiron_kernels.gpu.slot_mapping import slot_mapping
+
+    return slot_mapping(positions, slots, tables, block_size)
 
 
 def _chunk_rows(runs: Sequence[Run], row: int) -> list[ChunkRows]:

@@ -10,8 +10,7 @@ from chiron_kernels.cpu import sampling as compiled
 from chiron_kernels.reference import logprobs as reference
 from torch import Tensor
 
-from chiron_engine.model.cpu_kernels import kernels_for
-from chiron_engine.model.gpu_kernels import runs_triton
+from chiron_engine.model.kernel_choice import Kernels, best_kernels, library_of
 from chiron_engine.policy.iteration.plan import TokenLogprobs
 
 from .uploads import IntArray, upload_array
@@ -69,24 +68,29 @@ class LogprobTable:
         return LogprobRows(rows.tolist(), upload_array(rows, self._device), counts[rows].tolist())
 
 
-def logprobs_of(logits: Tensor, tokens: Tensor, of: LogprobRows) -> Logprobs:
-    """logits: [rows, vocab] float32, as the model gave them. tokens: int64 [rows], those chosen."""
-    if runs_triton(logits.device):
-        return ranked_logprobs_of(logits, tokens, of)[0]
+def logprobs_of(logits: Tensor, tokens: Tensor, of: LogprobRows, kernels: Kernels | None = None) -> Logprobs:
+    """logits: [rows, vocab] float32, as the model gave them. tokens: int64 [rows], those chosen. kernels:
+    None is the best for the device."""
+    kernels = kernels or best_kernels(logits.device)
+    if kernels is Kernels.TRITON:
+        return ranked_logprobs_of(logits, tokens, of, kernels)[0]
     most = _largest_count(logits, of)
-    kernels = kernels_for(logits.device)
-    if kernels is not None:
-        return Logprobs(of, *compiled.token_logprobs(kernels, logits, of.rows, tokens, most))
+    library = library_of(kernels, logits.device)
+    if library is not None:
+        return Logprobs(of, *compiled.token_logprobs(library, logits, of.rows, tokens, most))
     chosen, ids, top, _ = reference.token_logprobs(logits, of.rows, tokens, most)
     return Logprobs(of, chosen, ids, top)
 
 
-def ranked_logprobs_of(logits: Tensor, tokens: Tensor, of: LogprobRows) -> tuple[Logprobs, Tensor]:
+def ranked_logprobs_of(
+    logits: Tensor, tokens: Tensor, of: LogprobRows, kernels: Kernels | None = None
+) -> tuple[Logprobs, Tensor]:
     """The same, and the ranks of the tokens, int64 [N], 1 for the likeliest of a row."""
-    if not runs_triton(logits.device):
+    kernels = kernels or best_kernels(logits.device)
+    if kernels is not Kernels.TRITON:
         parts = of.rows.split(RANKED_AT_ONCE)
         ranks = [reference.ranks_of(logits.index_select(0, rows), tokens[rows]) for rows in parts]
-        return logprobs_of(logits, tokens, of), torch.cat(ranks)
+        return logprobs_of(logits, tokens, of, kernels), torch.cat(ranks)
     from chiron_kernels.gpu.logprobs import token_logprobs
 
     chosen, ids, top, found = token_logprobs(logits, of.rows, tokens, _largest_count(logits, of))

@@ -86,8 +86,11 @@ class TorchExecutor:
             has_logits=True,
         )
         table_width = -(-max_model_len // device_pool.block_size)
-        self._states = SlotStates(max_slots, table_width, model.spec.vocab_size, max_model_len, self.device)
-        self._packer = StepPacker(self._states, device_pool.block_size)
+        self._kernels = model.kernels
+        self._states = SlotStates(
+            max_slots, table_width, model.spec.vocab_size, max_model_len, self.device, self._kernels
+        )
+        self._packer = StepPacker(self._states, device_pool.block_size, self._kernels)
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=self.device)
         self._under_way: deque[TorchStep] = deque()
         self._closed = False
@@ -143,16 +146,18 @@ class TorchExecutor:
         prompts = None
         if inputs.prompts is not None:
             logits, of_prompts = logits.split((len(inputs.sample_rows), len(inputs.prompts.rows)))
-            prompts = inputs.prompts.scores(of_prompts)
+            prompts = inputs.prompts.scores(of_prompts, self._kernels)
         if not len(inputs.sample_rows):
             return self._no_tokens, None, prompts
         wanted = self._adjusted(logits, inputs)
-        tokens, valid = sample(wanted, inputs.sampling, inputs.token_positions)
+        tokens, valid = sample(wanted, inputs.sampling, inputs.token_positions, self._kernels)
         self._states.last_tokens.index_copy_(0, inputs.slots, tokens)
         if plan.drafts:
             rows = sum([draft.count for draft in plan.drafts])
             self._states.settle_drafts(plan.drafts, tokens[-rows:].tolist())
-        logprobs = None if inputs.logprobs is None else logprobs_of(logits, tokens, inputs.logprobs)
+        logprobs = None
+        if inputs.logprobs is not None:
+            logprobs = logprobs_of(logits, tokens, inputs.logprobs, self._kernels)
         return torch.where(valid, tokens, NO_TOKEN), logprobs, prompts
 
     def _adjusted(self, logits: Tensor, inputs: StepInputs) -> Tensor:
@@ -163,9 +168,9 @@ class TorchExecutor:
         if inputs.logprobs is not None:
             logits = logits.clone()
         if adjustments is not None:
-            adjustments.apply(logits, inputs.token_positions, last_tokens, inputs.longest)
+            adjustments.apply(logits, inputs.token_positions, last_tokens, inputs.longest, self._kernels)
         if guides is not None:
-            guides.apply(logits)
+            guides.apply(logits, self._kernels)
         return logits
 
     def _copy_blocks(self, plan: StepPlan) -> None:

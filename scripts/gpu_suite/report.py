@@ -74,7 +74,7 @@ def _ceilings(results: dict[str, Any]) -> list[str]:
 
 
 def _model(model: dict[str, Any]) -> list[str]:
-    lines = [f"## {model['name']}, {model['dtype']}, random weights, {model['attention']} attention", ""]
+    lines = [f"## {model['name']}, {model['dtype']}, random weights, {model['kernels']} kernels", ""]
     lines += [f"- {model['kv']}"]
     lines += [f"- ready in {model['ready_s']:.1f} s: " + ", ".join(_phases(model["load_phases_s"]))]
     swap = model["swap"]

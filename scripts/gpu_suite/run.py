@@ -96,6 +96,7 @@ def measure_model(shape: str, device: torch.device, deadline: float, skipped: li
         began, timer = time.monotonic(), PhaseTimer()
         executor, _ = build_executor(engine_config(path, device), timer)
         ready_s = time.monotonic() - began
+        kernels = executor.model.kernels.value
         try:
             measured = measure_executor(executor, deadline, skipped)
         finally:
@@ -103,7 +104,7 @@ def measure_model(shape: str, device: torch.device, deadline: float, skipped: li
     return {
         "name": shape,
         "dtype": "float32" if device.type == "cpu" else "bfloat16",
-        "attention": "torch",
+        "kernels": kernels,
         "weight_bytes": weight_bytes,
         "write_random_weights_s": write_s,
         "ready_s": ready_s,

@@ -15,6 +15,7 @@ from tiny_causal_lm import VOCAB, TinyCausalLM
 from chiron_engine.config import EngineConfig
 from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.policy.iteration.plan import BlockCopy, TokenLogprobs
 from chiron_engine.policy.iteration.request import Request
@@ -43,8 +44,14 @@ PENALISED = SamplingParams(
 )
 
 
-def make_executor(blocks: int = 64, host_blocks: int = 32) -> TorchExecutor:
-    model = TinyCausalLM(device="cuda")
+@pytest.fixture(params=[Kernels.TRITON, Kernels.TORCH], ids=lambda kernels: kernels.value)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    found: Kernels = request.param
+    return found
+
+
+def make_executor(kernels: Kernels, blocks: int = 64, host_blocks: int = 32) -> TorchExecutor:
+    model = TinyCausalLM(device="cuda", kernels=kernels)
     pool = KvPool(blocks, BLOCK, model.spec.layers, torch.float32, "cuda")
     pool.storage.view(torch.float32).fill_(torch.nan)
     host = KvPool(host_blocks, BLOCK, model.spec.layers, torch.float32, "cpu", pinned=True)
@@ -63,8 +70,8 @@ def check(model: TinyCausalLM, tokens: list[int], known: int) -> None:
         assert float(logits.max() - logits[tokens[length]]) < 1e-3
 
 
-def test_mixed_steps_and_a_trip_to_the_host() -> None:
-    executor = make_executor()
+def test_mixed_steps_and_a_trip_to_the_host(kernels: Kernels) -> None:
+    executor = make_executor(kernels)
     driver = PlanDriver(executor)
     first, second = driver.join(1, prompt(9, 1)), driver.join(2, prompt(5, 2))
     driver.step({1: 4, 2: 5})
@@ -88,11 +95,13 @@ def test_mixed_steps_and_a_trip_to_the_host() -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, PENALISED])
-def test_a_pipelined_core_yields_what_one_request_alone_yields(sampling: SamplingParams) -> None:
+def test_a_pipelined_core_yields_what_one_request_alone_yields(
+    sampling: SamplingParams, kernels: Kernels
+) -> None:
     """Two steps under way, more requests than slots, too few blocks for all of them."""
 
     def run(prompts: list[list[int]]) -> list[list[int]]:
-        executor = make_executor(blocks=40)
+        executor = make_executor(kernels, blocks=40)
         assert executor.shape.pipeline_depth == 2
         core = EngineCore(executor)
         requests = []
@@ -117,7 +126,7 @@ def test_a_pipelined_core_yields_what_one_request_alone_yields(sampling: Samplin
     assert same >= 8
 
 
-def test_the_sampler_draws_the_same_tokens_as_on_the_cpu() -> None:
+def test_the_sampler_draws_the_same_tokens_as_on_the_cpu(kernels: Kernels) -> None:
     kinds = [
         GREEDY,
         SamplingParams(),
@@ -130,19 +139,21 @@ def test_the_sampler_draws_the_same_tokens_as_on_the_cpu() -> None:
     logits = torch.randn(count, vocab, generator=torch.Generator().manual_seed(0)) * 2
     logits[3, 17] = torch.nan
     logits[5] = -torch.inf
-    table = SamplingTable(count, vocab)
+    table, there = (SamplingTable(count, vocab, every) for every in (False, kernels is Kernels.TRITON))
     for slot in range(count):
         table.set(slot, kinds[slot % len(kinds)], seed=slot * 7919)
+        there.set(slot, kinds[slot % len(kinds)], seed=slot * 7919)
     slots, positions = np.arange(count), torch.arange(count) * 3
     expected, valid = sample(logits, table.rows(slots, torch.device("cpu")), positions)
     cuda = torch.device("cuda", 0)
-    tokens, valid_there = sample(logits.to(cuda), table.rows(slots, cuda), positions.to(cuda))
+    rows = there.rows(slots, cuda)
+    tokens, valid_there = sample(logits.to(cuda), rows, positions.to(cuda), kernels)
     assert torch.equal(valid_there.cpu(), valid)
     # exp may differ in its last bit, which moves a draw with a probability of about 1e-7.
     assert int((tokens.cpu() != expected).sum()) <= 1
 
 
-def test_logits_are_adjusted_as_on_the_cpu() -> None:
+def test_logits_are_adjusted_as_on_the_cpu(kernels: Kernels) -> None:
     """Also told: the likeliest tokens, and how likely they were."""
     count, vocab, known = 8, 3001, 20
     logits = torch.randn(count, vocab, generator=torch.Generator().manual_seed(1)) * 2
@@ -158,11 +169,12 @@ def test_logits_are_adjusted_as_on_the_cpu() -> None:
         rows, wanted = table.rows(slots, count), asked.rows(slots)
         assert rows is not None and wanted is not None
         there = logits.to(device, copy=True)
-        found = logprobs_of(there, last.to(device), wanted)
+        used = kernels if device.type == "cuda" else None
+        found = logprobs_of(there, last.to(device), wanted, used)
         if device.type == "cuda":
             found = found.to_host()
             torch.cuda.synchronize()
-        rows.apply(there, positions.to(device), last.to(device), known)
+        rows.apply(there, positions.to(device), last.to(device), known, used)
         return there.cpu(), list(found.by_row().values())
 
     expected, told = adjusted(torch.device("cpu"))
@@ -172,8 +184,8 @@ def test_logits_are_adjusted_as_on_the_cpu() -> None:
     assert [one.logprob for one in told_there] == pytest.approx([one.logprob for one in told], abs=1e-5)
 
 
-def test_blocks_travel_through_pinned_memory() -> None:
-    executor = make_executor()
+def test_blocks_travel_through_pinned_memory(kernels: Kernels) -> None:
+    executor = make_executor(kernels)
     pool = executor.device_pool
     pool.storage.random_()
     before = pool.storage.clone()

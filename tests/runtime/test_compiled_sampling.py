@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from chiron_engine.model.cpu_kernels import kernels_for
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
-from chiron_engine.runtime import sampler, token_logprobs
 from chiron_engine.runtime.sampler import SamplingTable, sample
 from chiron_engine.runtime.token_logprobs import LogprobRows, logprobs_of
 
@@ -51,7 +51,7 @@ def some_params(rng: random.Random, vocab: int) -> SamplingParams:
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 256, 257, 1013, 4096, 49_152])
-def test_tokens_are_the_same(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_the_same(vocab: int) -> None:
     """exp differs in its last bits, which moves one draw in millions."""
     rng, drawn, moved = random.Random(vocab), 0, 0
     for count in (1, 2, 5, 33, 64) * (1 if vocab > 10_000 else 8):
@@ -60,10 +60,8 @@ def test_tokens_are_the_same(vocab: int, monkeypatch: pytest.MonkeyPatch) -> Non
             table.set(slot, some_params(rng, vocab), rng.randrange(1 << 64))
         rows = table.rows(np.arange(count), CPU)
         positions = torch.tensor([rng.randrange(1 << 20) for _ in range(count)])
-        tokens, valid = sample(logits, rows, positions)
-        with monkeypatch.context() as patch:
-            patch.setattr(sampler, "kernels_for", lambda device: None)
-            expected, expected_valid = sample(logits, rows, positions)
+        tokens, valid = sample(logits, rows, positions, Kernels.COMPILED)
+        expected, expected_valid = sample(logits, rows, positions, Kernels.TORCH)
         assert torch.equal(valid, expected_valid)
         drawn, moved = drawn + count, moved + int((tokens != expected).sum())
     assert moved <= 1, f"{moved} of {drawn}"
@@ -71,13 +69,13 @@ def test_tokens_are_the_same(vocab: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("vocab", [7, 300, 4099])
 @pytest.mark.parametrize("counts", [[0, 0, 0], [5, 0, 20]])
-def test_logprobs_are_the_same(vocab: int, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logprobs_are_the_same(vocab: int, counts: list[int]) -> None:
     logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab)) * 5
     tokens, rows = torch.arange(40) % vocab, [39, 2, 11]
     of = LogprobRows(rows, torch.tensor(rows), counts)
-    found = logprobs_of(logits, tokens, of).by_row()
-    monkeypatch.setattr(token_logprobs, "kernels_for", lambda device: None)
-    expected = logprobs_of(logits, tokens, of).by_row()
+    found, expected = (
+        logprobs_of(logits, tokens, of, kernels).by_row() for kernels in (Kernels.COMPILED, Kernels.TORCH)
+    )
     assert list(found) == list(expected) == rows
     for one, other in zip(found.values(), expected.values(), strict=True):
         assert one.top_ids == other.top_ids

@@ -12,6 +12,7 @@ from chiron_kernels.reference.sampling import RACE_BLOCK, threshold_by_bisection
 from torch import Tensor
 
 from chiron_engine.model.cpu_kernels import kernels_for
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
 from chiron_engine.runtime import sampler
 from chiron_engine.runtime.sampler import SamplingRows, SamplingTable, sample
@@ -19,12 +20,11 @@ from chiron_engine.runtime.sampler import SamplingRows, SamplingTable, sample
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["compiled", "torch"], autouse=True)
+@pytest.fixture(params=[Kernels.COMPILED, Kernels.TORCH], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the two samplers has to pass."""
-    if request.param == "torch":
-        monkeypatch.setattr(sampler, "kernels_for", lambda device: None)
-    elif kernels_for(CPU) is None:
+    monkeypatch.setattr(sampler, "best_kernels", lambda device: request.param)
+    if request.param is Kernels.COMPILED and kernels_for(CPU) is None:
         pytest.skip("no compiled kernels here")
 
 

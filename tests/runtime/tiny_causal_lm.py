@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chiron_engine.model.attention import AttentionBatch, ScoreRule, TorchAttention
-from chiron_engine.model.kernel_choice import best_kernels
+from chiron_engine.model.attention import AttentionBatch, ScoreRule
+from chiron_engine.model.kernel_choice import Kernels, best_kernels
 from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.parts import backend_for
 from chiron_engine.model.precision import FLOAT32
 from chiron_engine.model.spec import LayerGeometry, ModelSpec
 
@@ -23,7 +24,7 @@ RULE = ScoreRule(HEAD_DIM**-0.5)
 class TinyCausalLM:
     """Learned positions, pre-norm attention and a two-layer MLP; weights from `seed`."""
 
-    def __init__(self, seed: int = 0, device: str = "cpu") -> None:
+    def __init__(self, seed: int = 0, device: str = "cpu", kernels: Kernels | None = None) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def weights(*shape: int, scale: float) -> Tensor:
@@ -32,14 +33,15 @@ class TinyCausalLM:
         self.spec = ModelSpec(
             "tiny", "TinyCausalLM", (LayerGeometry(KV_HEADS, HEAD_DIM),) * LAYERS, VOCAB, CONTEXT, (), Path()
         )
-        self.precision, self.kernels = FLOAT32, best_kernels(torch.device(device))
+        self.precision, self.kernels = FLOAT32, kernels or best_kernels(torch.device(device))
         self.embedding = weights(VOCAB, WIDTH, scale=1.0)
         self.positions = weights(CONTEXT, WIDTH, scale=0.5)
         inner = WIDTH + 2 * KV_HEADS * HEAD_DIM
         self.qkv = [weights(inner, WIDTH, scale=WIDTH**-0.5) for _ in range(LAYERS)]
         self.out = [weights(WIDTH, WIDTH, scale=WIDTH**-0.5) for _ in range(LAYERS)]
         self.mlp = [weights(WIDTH, WIDTH, scale=WIDTH**-0.5) for _ in range(LAYERS)]
-        self.backend = TorchAttention()
+        on_gpu = self.kernels is Kernels.TRITON
+        self.backend = backend_for(self.kernels if on_gpu else Kernels.TORCH, torch.device(device))
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, batch: AttentionBatch, pool: KvPool, sample_rows: Tensor

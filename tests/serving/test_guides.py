@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from chiron_engine import LLM, SamplingParams
+from chiron_engine.model.cpu_kernels import kernels_for
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.policy.iteration.request import Request
 from chiron_engine.policy.iteration.sampling_params import Guide
-from chiron_engine.runtime import guides
 from chiron_engine.runtime.guides import GuideCompiler, GuideTable, forbid, forbidden_tokens
 from tests.cli.tiny_llama import write_tiny_llama
 from tests.gateway.tiny_model import END
@@ -156,15 +157,11 @@ def test_what_came_from_other_engines_counts(model: Path) -> None:
         assert (logits[0] == 0).nonzero().flatten().tolist() == [expected]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kernels", [Kernels.COMPILED, Kernels.TORCH])
 @pytest.mark.parametrize("some_rows", [False, True])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 32), (9, 96), (40, 1000), (5, 65)])
-def test_what_masks_forbid_is_taken_out(
-    rows: int, vocab: int, some_rows: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
-        monkeypatch.setattr(guides, "kernels_for", lambda device: None)
-    elif guides.kernels_for(torch.device("cpu")) is None:
+def test_what_masks_forbid_is_taken_out(rows: int, vocab: int, some_rows: bool, kernels: Kernels) -> None:
+    if kernels is Kernels.COMPILED and kernels_for(torch.device("cpu")) is None:
         pytest.skip("no compiled kernels here")
     generator = np.random.default_rng(vocab)
     masks = generator.integers(-(2**31), 2**31, (rows, -(-vocab // 32)), np.int64).astype(np.int32)
@@ -173,7 +170,7 @@ def test_what_masks_forbid_is_taken_out(
     where = torch.arange(rows - 1, -1, -2) if some_rows else torch.arange(rows)
     forbidden = forbidden_tokens(torch.from_numpy(masks[: len(where)]), vocab)
     expected = logits.index_copy(0, where, logits[where].masked_fill(forbidden, -torch.inf))
-    forbid(logits, where if some_rows else None, masks[: len(where)])
+    forbid(logits, where if some_rows else None, masks[: len(where)], kernels)
     assert torch.equal(logits, expected)
 
 

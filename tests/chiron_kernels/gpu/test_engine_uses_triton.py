@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.policy.iteration.request import Request
 from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
-from chiron_engine.runtime import logit_adjustments, sampler, token_logprobs
 from chiron_engine.runtime.logit_adjustments import AdjustmentTable
 from chiron_engine.runtime.prompt_scores import PromptRows
 from chiron_engine.runtime.sampler import SamplingTable, sample
@@ -24,37 +24,27 @@ KINDS = [
 ]
 
 
-@pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch):
-    """Call it to have CPU tensors go to the kernels; those of a GPU do without."""
-
-    def use() -> None:
-        for module in (sampler, token_logprobs):
-            monkeypatch.setattr(module, "runs_triton", lambda device: True)
-
-    return use
-
-
 def some_logits(rows: int, vocab: int = 700) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(rows)) * 2
 
 
 @pytest.mark.parametrize("kinds", [KINDS, KINDS[:1], KINDS[1:3]])
-def test_sampling(kinds: list[SamplingParams], triton, device: torch.device) -> None:
+def test_sampling(kinds: list[SamplingParams], device: torch.device) -> None:
     """Of greedy rows and others together, greedy ones alone, and others alone."""
     logits = some_logits(2 * len(kinds))
-    table = SamplingTable(len(logits), logits.shape[1])
+    tables = [SamplingTable(len(logits), logits.shape[1], every_row) for every_row in (False, True)]
     for slot in range(len(logits)):
-        table.set(slot, kinds[slot % len(kinds)], 1 << 63 | slot)
+        for table in tables:
+            table.set(slot, kinds[slot % len(kinds)], 1 << 63 | slot)
     slots, positions = np.arange(len(logits)), torch.arange(len(logits)) + 5
-    expected = sample(logits, table.rows(slots, CPU), positions)
-    triton()
-    found = sample(logits.to(device), table.rows(slots, device), positions.to(device))
+    expected = sample(logits, tables[0].rows(slots, CPU), positions)
+    on_device = tables[1].rows(slots, device)
+    found = sample(logits.to(device), on_device, positions.to(device), Kernels.TRITON)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.cpu(), other)
 
 
-def test_logprobs_and_ranks(triton, device: torch.device) -> None:
+def test_logprobs_and_ranks(device: torch.device) -> None:
     logits, tokens = some_logits(4), torch.tensor([3, 699, 0, 12])
     tables = [LogprobTable(4, where) for where in (CPU, device)]
     for slot, count in enumerate((2, None, 0, 5)):
@@ -65,18 +55,17 @@ def test_logprobs_and_ranks(triton, device: torch.device) -> None:
     of_prompt = PromptRows(torch.arange(4), tokens, [1, 0, 3, 2], [(0, 4)])
     expected = logprobs_of(logits, tokens, of_host)
     expected_scores = of_prompt.scores(logits)
-    triton()
-    found = logprobs_of(logits.to(device), tokens.to(device), of)
+    found = logprobs_of(logits.to(device), tokens.to(device), of, Kernels.TRITON)
     assert torch.equal(found.top_ids.cpu(), expected.top_ids)
     torch.testing.assert_close(found.chosen.cpu(), expected.chosen, rtol=1e-6, atol=5e-6)
     torch.testing.assert_close(found.top.cpu(), expected.top, rtol=1e-6, atol=5e-6)
     on_device = PromptRows(of_prompt.rows.to(device), tokens.to(device), of_prompt.counts, of_prompt.chunks)
-    scores = on_device.scores(logits.to(device))
+    scores = on_device.scores(logits.to(device), Kernels.TRITON)
     assert torch.equal(scores.ranks.cpu(), expected_scores.ranks)
     assert torch.equal(scores.found.top_ids.cpu(), expected_scores.found.top_ids)
 
 
-def test_adjustments(triton, device: torch.device) -> None:
+def test_adjustments(device: torch.device) -> None:
     """Of a prompt, then of two tokens more; one row has all, one nothing, one a bias."""
     asks = [
         SamplingParams(
@@ -97,7 +86,5 @@ def test_adjustments(triton, device: torch.device) -> None:
         assert rows is not None and on_device is not None
         changed = logits.to(device, copy=True)
         rows.apply(logits, positions, last, 8)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(logit_adjustments, "runs_triton", lambda device: True)
-            on_device.apply(changed, positions.to(device), last.to(device), 8)
+        on_device.apply(changed, positions.to(device), last.to(device), 8, Kernels.TRITON)
         assert torch.equal(changed.cpu(), logits)
