@@ -167,6 +167,8 @@ def check_gpu() -> Check:
     devices = "; ".join(result.stdout.strip().splitlines())
     if _installed("torch").endswith("+cpu"):
         return Check("gpu", WARN, devices, "torch is the CPU build and cannot use it")
+    if not _installed("triton"):
+        return Check("gpu", WARN, devices, "install triton: without it engines there run on torch alone, slowly")
     return Check("gpu", OK, devices)
 
 

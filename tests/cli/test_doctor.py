@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,23 @@ def test_kernels_that_cannot_be_compiled_are_a_warning_with_the_reason(
     monkeypatch.delenv("CC", raising=False)
     check = host_checks.check_kernels()
     assert check.status == WARN and ("no C compiler" in check.detail or "lacks" in check.detail)
+
+
+@pytest.mark.parametrize(
+    ("installed", "status", "advice"),
+    [
+        ({"torch": "2.11.0+cu130", "triton": "3.6.0"}, OK, ""),
+        ({"torch": "2.11.0+cu130"}, WARN, "install triton"),
+        ({"torch": "2.13.0+cpu", "triton": "3.9.0"}, WARN, "torch is the CPU build"),
+    ],
+)
+def test_a_gpu_wants_torch_and_triton(
+    installed: dict[str, str], status: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = subprocess.CompletedProcess([], 0, "NVIDIA H100, 81559 MiB, 81000 MiB, 580.65\n", "")
+    monkeypatch.setattr(host_checks.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(host_checks, "_run", lambda command: told)
+    monkeypatch.setattr(host_checks, "_installed", lambda name: installed.get(name, ""))
+    check = host_checks.check_gpu()
+    assert (check.status, check.detail) == (status, "NVIDIA H100, 81559 MiB, 81000 MiB, 580.65")
+    assert advice in check.advice
