@@ -9,8 +9,9 @@ from chiron_kernels.gpu.merge_states import merge_states_launch
 from scripts.kernel_gate.case import Case
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-LSE_LOADS = 2
-"""Loads of under 16 bytes: one for each part."""
+LSE_LOADS = 6
+"""Loads of under 16 bytes: of either part the logarithm of the two rows whose values a thread holds, and of
+the one row whose result it stores."""
 
 
 def _launch(head_dim: int, dtype: torch.dtype) -> Launch:
