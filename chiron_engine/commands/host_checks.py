@@ -168,7 +168,7 @@ def check_gpu() -> Check:
     if _installed("torch").endswith("+cpu"):
         return Check("gpu", WARN, devices, "torch is the CPU build and cannot use it")
     if not _installed("triton"):
-        return Check("gpu", WARN, devices, "install triton: without it engines there run on torch alone, slowly")
+        return Check("gpu", WARN, devices, "install triton: engines there run on torch alone, slowly")
     return Check("gpu", OK, devices)
 
 

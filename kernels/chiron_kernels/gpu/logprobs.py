@@ -44,7 +44,7 @@ def _row_and_token(rows, tokens, height, vocab, at):
     return row, tl.minimum(tl.maximum(tl.load(tokens + row), 0), vocab - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def _block_summaries(
     logits,  # [R, V], rows `stride` apart
     stride,
@@ -74,7 +74,7 @@ def _block_summaries(
     tl.store(larger + places, tl.sum(above, axis=1).to(tl.int32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "few"])
 def _likeliest(
     logits,  # [R, V], rows `stride` apart
     stride,

@@ -21,7 +21,7 @@ MOST_SPLITS = 16
 """One program holds all parts of a row."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tokens", "chunks"], do_not_specialize_on_alignment=["query_starts"])
 def _merge_parts(
     partial,  # float32 [P, T, H, HEAD_DIM]
     sums,  # float32 [P, T, H], log2 of the sums of weights

@@ -25,7 +25,10 @@ ENTRIES_TILE = 256
 HISTORY_TILE = 2048
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["height", "entries"],
+    do_not_specialize_on_alignment=["rows", "tokens", "until", "values", "positions"],
+)
 def _adjust(
     logits,  # [R, V], rows `stride` apart, changed
     stride,
@@ -63,7 +66,18 @@ def _history_tile(tokens, first, start, end, vocab, TILE: tl.constexpr):
     return ids, places, inside & (ids >= 0) & (ids < vocab)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["height", "longest", "slots_number"],
+    do_not_specialize_on_alignment=[
+        "positions",
+        "rows",
+        "slots",
+        "output_from",
+        "repetition",
+        "frequency",
+        "presence",
+    ],
+)
 def _penalise(
     logits,  # [R, V], rows `stride` apart, changed
     stride,

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from chiron_kernels.gpu.launch import Launch, target_architecture
+from chiron_kernels.gpu.launch import HOPPER, Launch, target_architecture
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
 from chiron_kernels.gpu.prefill_plan import PrefillShape, check_arguments, check_out, choose_splits, tiling
 from chiron_kernels.gpu.query_blocks import QueryBlocks
@@ -46,6 +46,11 @@ Inputs = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, QueryBlocks, float
 ]
 """q, kv, tables, table_rows, query_starts, context_lens, blocks, scale."""
+
+
+UNHURRIED = 168
+"""Registers of a thread on Blackwell where heads are small: left alone, the assembler keeps to 128, so that
+two programs fit a multiprocessor, and some configurations spill."""
 
 
 @triton.jit
@@ -136,7 +141,10 @@ def _attend(
     return acc, highest, total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "table_width"],
+    do_not_specialize_on_alignment=["table_rows", "query_starts", "context_lens"],
+)
 def _prefill_attention(
     q,  # [T, Hq, HEAD_DIM]
     kv,  # keys and values of a layer, [num_blocks, BLOCK, 2, Hkv, HEAD_DIM]
@@ -247,9 +255,10 @@ def _prefill_attention(
     )  # fmt: skip
     acc, highest, total = state
 
-    # A row may see nothing of its split: then log2 of 0 is all that is stored.
+    # A row may see nothing of its split: then log2 of 0 is all that is stored. A sum that is no number is not
+    # 0: such a row is stored as what it is.
     at = (start + token) * heads + q_head
-    some = total > 0
+    some = total != 0
     total = tl.where(some, total, 1.0)
     log_sum = tl.where(some, highest + tl.log2(total), float("-inf"))
     if SPLIT:
@@ -275,7 +284,8 @@ def _launch(
     """As `prefill_attention_launch`, its arguments but out and sums checked."""
     q, kv, tables, table_rows, query_starts, context_lens, blocks, scale = inputs
     check_out(q, out, sums)
-    tile = tiling(shape, blocks.rows, kv, target_architecture())
+    architecture = target_architecture()
+    tile = tiling(shape, blocks.rows, kv, architecture)
     dim = triton.next_power_of_2(shape.head_dim)
     pages = None
     if tile.by_tensor:
@@ -322,6 +332,7 @@ def _launch(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
+        max_registers=UNHURRIED if architecture > HOPPER and dim <= 64 and tile.warps == 8 else None,
     )
 
 

@@ -57,7 +57,9 @@ def _blocks_above(cost, length, context, GROUP: tl.constexpr, ROWS: tl.constexpr
     return tl.where(tokens < length, blocks - from_block, 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["chunks", "capacity"], do_not_specialize_on_alignment=["query_starts", "context_lens"]
+)
 def _query_blocks(
     query_starts,  # int64 [C + 1]
     context_lens,  # int64 [C]

@@ -198,7 +198,8 @@ def find_threshold(
     number = list_blocks(maxima, blocks, bound, listed, BLOCKS)
     beyond = tl.full((), 0, tl.int64)
     few = tl.full((), 0, tl.int64)
-    many = tl.full((), 0, tl.int64) + CANDIDATES + 1  # not known before the first pass
+    # Not known before the first pass: above every count, which can only lower it.
+    many = tl.full((), 1 << 40, tl.int64)
     index = tl.arange(0, PIVOTS).to(tl.int64)
     while (lowest < highest) & (many - few > CANDIDATES):
         # From lowest + 1 to highest, both: one pass ends the search where most keys tie for the largest.

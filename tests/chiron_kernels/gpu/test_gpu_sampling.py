@@ -135,6 +135,19 @@ def test_more_tokens_than_are_gathered(given: dict[str, float], device: torch.de
     assert drawn(logits.to(device), of) == expected_tokens(logits, of)
 
 
+@pytest.mark.parametrize("given", [{"top_k": 40}, {"top_k": 200, "top_p": 0.9}, {"top_p": 0.9}])
+def test_what_is_kept_is_exact_where_one_pass_leaves_many_candidates(
+    given: dict[str, float], device: torch.device
+) -> None:
+    """More tokens lie between the cut and the largest than are gathered. Many draws from one row: a token
+    beyond the cut is soon among them."""
+    vocab, rows = 8951, 24
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(7)) * 1.5
+    logits = logits.expand(rows, -1).contiguous()
+    of = parameters(rows, device, seeds=list(range(rows)), **given)
+    assert drawn(logits.to(device), of) == expected_tokens(logits, of)
+
+
 def test_frequencies_follow_the_distribution(device: torch.device) -> None:
     """Chi-square against softmax within five standard deviations; two blocks, so that both races count."""
     count, vocab = 100, 260

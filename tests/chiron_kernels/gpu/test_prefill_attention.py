@@ -206,6 +206,20 @@ def test_bad_arguments_are_named(name: str, change, says: str, device: torch.dev
         prefill_attention(**arguments)
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_what_is_no_number_is_told(splits: int, device: torch.device) -> None:
+    """Rows of a broken query or key become NaN, never what the memory held before."""
+    given = step([(3, 40), (2, 9)], device)
+    arguments = given.arguments()
+    arguments["q"] = arguments["q"].clone()
+    arguments["q"][1, 0] = torch.nan
+    there = torch.full(arguments["q"].shape, 777.0, dtype=arguments["q"].dtype, device=device)
+    out = prefill_attention(**arguments, splits=splits, out=there)
+    assert out[1, 0].isnan().all()
+    assert (out != 777.0).all()
+    assert out[0].isfinite().all() and out[2:].isfinite().all()
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_writes_where_it_is_told_to(splits: int, device: torch.device) -> None:
     arguments = step([(3, 20), (1, 7)], device).arguments()
