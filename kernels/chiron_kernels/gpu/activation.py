@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from chiron_kernels.gpu.base_two import LOG2_E
 from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
 from chiron_kernels.gpu.launch import Launch
 
@@ -22,7 +23,6 @@ NUM_WARPS = 4
 HALF_BYTES = NUM_WARPS * 32 * 16
 """What a program reads of either half: one load of 16 bytes a thread."""
 
-_LOG2_E = tl.constexpr(math.log2(math.e))
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _SQRT_8_OVER_PI = tl.constexpr(math.sqrt(8 / math.pi))
 _CUBIC = tl.constexpr(0.044715)  # of the published approximation of gelu
@@ -30,7 +30,7 @@ _CUBIC = tl.constexpr(0.044715)  # of the published approximation of gelu
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -_LOG2_E))
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 
 
 @triton.jit

@@ -17,23 +17,34 @@ What follows from it:
 
 A program is given its request's tiles from `first` up to `end`:
 
-    keys of the request   0 ............ lowest ............................ length
-    tiles                   |      |      |//////|      |      |      |//////|
-                                          first                              end of all its splits
+    keys       0  ...       lowest                                       length
+    tiles      |        |      x/|////////|////////|////////|////////|///x    |
+    splits              '------- split 0 ----------'------- split 1 ----------'
+                        first                  end = first                  end
 
-    lowest: the first key that any of its queries sees, 0 without a window. What the shaded tiles hold
-    before `lowest` and from `length` on must not count: their scores are -inf. Moreover it may be NaN, and
-    0 * NaN is NaN, so that the values there must be 0. `pool_tiles` sees to that.
+    lowest: the first key that any of its queries sees, 0 without a window. What the outer tiles hold before
+    `lowest` and from `length` on must not count: their scores are -inf. Moreover it may be NaN, and 0 * NaN
+    is NaN, so that the values there must be 0. `pool_tiles` sees to that.
+
+Each new token sees the keys up to its own. With 3 new tokens (QUERY_LEN), a GROUP of 2 and 6 keys:
+
+    row    token  head    keys 0 1 2 3 4 5
+    0, 1   0      0, 1         x x x x . .      position 3 = length - QUERY_LEN + token
+    2, 3   1      0, 1         x x x x x .
+    4, 5   2      0, 1         x x x x x x
+    6 ...  -      -       not in use: they compute with queries of 0, and nothing of them is stored
+
+What comes out is normalised by the sum of the split's own softmax, with the logarithm of that sum: to `out`
+where the request has one split, else to the split's place in `partial`, to be joined.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 
+from chiron_kernels.gpu.base_two import LN_2, LOG2_E, LOWEST
 from chiron_kernels.gpu.checks import check_shape
 from chiron_kernels.gpu.decode_checks import check_decode, check_results
 from chiron_kernels.gpu.decode_plan import DecodeSplits, power_of_two_from
@@ -42,25 +53,29 @@ from chiron_kernels.gpu.merge_splits import merge_splits_launch
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.pool_tiles import inside_tile, load_tile, look_up, tile_descriptor, tile_loads
 
-LOG2_E = math.log2(math.e)
 FEWEST_ROWS = 16
+"""Of queries: a matrix instruction has 16 rows, used or not."""
+
 FEWEST_COLUMNS = 16
-"""Of a matrix instruction."""
+"""Of a head: a matrix instruction adds up 16 products at once. Smaller heads are filled up with zeros."""
 
 MOST_ROWS = 64
 """Of a tile: with heads of 256 the sums of twice as many would not fit the registers. More rows than that
 are several tiles, which find the keys in the cache."""
 
+SUMS_FOR_8_WARPS = MOST_ROWS * 256
+"""Rows times columns: half of all registers that 4 warps can have, which need many beside the sums."""
+
 BYTES_AHEAD = 65536
 """Of keys and values that a program has under way: with one to three programs on each multiprocessor, more
 than the 20 to 40 KiB that it takes to cover the latency of the memory at its full rate."""
 
+MOST_STAGES = 5
+"""Of the pipeline: tiles so small that more would fit are those of small heads, and what is read of them at
+once by three programs is enough."""
+
 ADA = 89
 """The first GPUs with 8-bit floats."""
-
-FEWEST_STAGES, MOST_STAGES = 3, 5
-MOST_SUMS = MOST_ROWS * 256
-"""Rows times columns from which on 4 warps would not have the registers for the sums."""
 
 
 # Not specialised: numbers that vary while serving and that no alignment follows from.
@@ -101,23 +116,19 @@ def _decode_attention(
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
 ):
-    # Programs of one split follow one another: they read the same tokens, whose heads lie side by side.
+    # The split, from its column of the work list. Programs of one split follow one another: they read the
+    # same tokens, whose heads lie side by side.
     ROW_TILES: tl.constexpr = (QUERY_LEN * GROUP + ROWS - 1) // ROWS
     head = tl.program_id(0) // ROW_TILES
     row = tl.program_id(0) % ROW_TILES * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     request = tl.load(work + split).to(tl.int64)
-    place = tl.load(work + capacity + split)
+    place = tl.load(work + capacity + split)  # among the splits of the request
     splits = tl.load(work + 2 * capacity + split)
     first = tl.load(work + 3 * capacity + split)
     end = tl.load(work + 4 * capacity + split)
-    if splits == 0:
+    if splits == 0:  # the column is not used
         return
-
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    LN_2: tl.constexpr = 0.6931471805599453
-    # Below every score, yet finite: the difference of two is a number.
-    LOWEST: tl.constexpr = -1.0e38
 
     table = tables + tl.load(table_rows + request) * table_stride
     length = tl.minimum(tl.load(lens + request), table_keys).to(tl.int32)
@@ -125,6 +136,7 @@ def _decode_attention(
     if WINDOWED:
         lowest = tl.maximum(length - QUERY_LEN - window + 1, 0)
 
+    # The rows: their queries, and what each of them sees.
     in_use = row < QUERY_LEN * GROUP
     query = row // GROUP
     query_head = head * GROUP + row % GROUP
@@ -137,7 +149,8 @@ def _decode_attention(
         queries = queries.to(tl.float16)
 
     # The online softmax, to the base 2: the highest score so far, the sum of 2^(score - highest), and the
-    # same sum with values. A sink is one more score, of a key without a value, before the first.
+    # same sum with values. A sink is one more score, of a key without a value, before the first one of the
+    # request: the first split has it.
     highest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if SINKS:
@@ -146,12 +159,15 @@ def _decode_attention(
         total = tl.where(place == 0, 1.0, total)
     values = tl.zeros([ROWS, COLUMNS], tl.float32)
 
+    # A request without keys has an empty split at tile 0, whose look-up reads its table's first entry, for
+    # nothing: tables are one block wide at least.
     inside = inside_tile(first * TILE, lowest, length, TILE)
     block = look_up(table, first * TILE, inside, BLOCK_SIZE, TILE, LOADS)
     for tile in tl.range(first, end):
         start = tile * TILE
         if LOADS == "descriptor":
-            # Moved back so as to end with the last key: see `pool_tiles`. It may start before its block.
+            # The last box is moved back so as to end with the last key, and its keys before `start`, which
+            # the tile before has, do not count: see `pool_tiles`, for what lies before the block as well.
             back = tl.maximum(start + TILE - length, 0)
             key = start - back + tl.arange(0, TILE)
             inside = key >= tl.maximum(start, lowest)
@@ -183,6 +199,8 @@ def _decode_attention(
                 seen = seen & (key[None, :] > position[:, None] - window)
         score = tl.where(seen, score, float("-inf"))
 
+        # 2^(-inf - higher) is 0: what is not seen does not count, and of a row that has seen nothing yet the
+        # sums stay 0.
         higher = tl.maximum(highest, tl.max(score, axis=1))
         probability = tl.exp2(score - higher[:, None])
         fade = tl.exp2(highest - higher)
@@ -191,7 +209,8 @@ def _decode_attention(
         values = tl.dot(probability.to(v.dtype), v, values, input_precision="ieee")
         highest = higher
 
-    some = tl.where(total > 0.0, total, 1.0)  # a row may see no key of the split
+    # A row may see no key of the split: its result is 0 then, and so is its weight in what is joined.
+    some = tl.where(total > 0.0, total, 1.0)
     result = values * (v_scale / some)[:, None]
     log_sum = tl.where(total > 0.0, highest + tl.log2(some), float("-inf"))
     if splits == 1:
@@ -257,7 +276,7 @@ def decode_attention_launch(
             "block_stride": kv.stride(0),
             "table_stride": tables.stride(0),
             "table_keys": splits.table_keys,
-            "scale": score_scale if softcap is not None else score_scale * LOG2_E,
+            "scale": score_scale if softcap is not None else score_scale * LOG2_E.value,
             "v_scale": v_scale,
             "softcap": softcap or 0.0,
             "window": window or 0,
@@ -276,14 +295,14 @@ def decode_attention_launch(
             "SINKS": sinks is not None,
             "LSE": lse is not None,
         },
-        num_warps=8 if tile_rows * columns >= MOST_SUMS else 4,
+        num_warps=8 if tile_rows * columns >= SUMS_FOR_8_WARPS else 4,
         num_stages=_stages(2 * splits.tile * columns * kv.itemsize),
     )
 
 
 def _stages(tile_bytes: int) -> int:
     """Of the pipeline, of which all but one are under way, for so many bytes of keys and values a tile."""
-    return min(max(1 + BYTES_AHEAD // tile_bytes, FEWEST_STAGES), MOST_STAGES)
+    return min(1 + BYTES_AHEAD // tile_bytes, MOST_STAGES)
 
 
 def decode_attention(

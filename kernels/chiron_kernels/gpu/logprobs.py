@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from chiron_kernels.gpu.base_two import LN_2, LOG2_E
 from chiron_kernels.gpu.checks import (
     check_contiguous,
     check_device,
@@ -32,9 +33,6 @@ from chiron_kernels.gpu.logit_rows import (
     padded_blocks,
     tile_of_blocks,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -6,16 +6,13 @@ the sum of all 2^(s_p). Parts are added in their order, so equal parts make equa
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
+from chiron_kernels.gpu.base_two import LN_2
 from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
 from chiron_kernels.gpu.launch import Launch
-
-LN2 = tl.constexpr(math.log(2))
 
 MOST_SPLITS = 16
 """One program holds all parts of a row."""
@@ -55,7 +52,7 @@ def _merge_parts(
     result = tl.sum(values * weight[:, None], axis=0) / total
     tl.store(out + row * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
     if HAS_LSE:
-        tl.store(lse + row, (highest + tl.log2(total)) * LN2)
+        tl.store(lse + row, (highest + tl.log2(total)) * LN_2)
 
 
 def merge_parts_launch(
@@ -118,10 +115,10 @@ def merge_parts(
     """[T, H, D] of dtype: the parts' results, weighted with their sums.
 
     partial: float32 [P, T, H, D], results over each of the P parts of the keys. sums: float32 [P, T, H], log2
-    of their sums of weights: finite in one part at least, -inf where a part has none and its result may be
-    anything. query_starts: int64 [C + 1]; rows query_starts[0] .. query_starts[C] - 1 are joined, others not
-    written. lse: float32 [T, H], written: the natural logarithm of the whole sum. Raises ValueError for what
-    does not fit."""
+    of their sums of weights: -inf where a part has no keys, and then its result may be anything; of each row
+    one part at least has some. NaN makes NaN of its row. query_starts: int64 [C + 1]; rows query_starts[0] ..
+    query_starts[C] - 1 are joined, others not written. lse: float32 [T, H], written: the natural logarithm of
+    the whole sum. Raises ValueError for what does not fit."""
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
     merge_parts_launch(partial, sums, query_starts, out, lse).run()
     return out

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from chiron_kernels.gpu.base_two import LN_2, LOWEST
 from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
 from chiron_kernels.gpu.decode_plan import DecodeSplits, power_of_two_from
 from chiron_kernels.gpu.launch import Launch
@@ -50,10 +51,6 @@ def _merge_splits(
     splits = tl.load(requests + batch + request)
     if splits == 1:
         return
-
-    LN_2: tl.constexpr = 0.6931471805599453
-    # Below every score, yet finite: the difference of two is a number.
-    LOWEST: tl.constexpr = -1.0e38
 
     row = query_row % QUERY_LEN * GROUP + query_head % GROUP
     source = (first * KV_HEADS + query_head // GROUP) * (QUERY_LEN * GROUP) + row

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from chiron_kernels.gpu.base_two import LOG2_E, LOWEST
 from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
 from chiron_kernels.gpu.decode_plan import power_of_two_from
 from chiron_kernels.gpu.launch import Launch
@@ -35,14 +36,11 @@ def _merge_states(
     COLUMNS: tl.constexpr,  # the power of two from D up
     ROWS: tl.constexpr,
 ):
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    # Below every logarithm, yet finite: the difference of two is a number.
-    LOWEST: tl.constexpr = -1.0e38
-
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     first_log = tl.load(first_lse + row, inside, 0.0)
     second_log = tl.load(second_lse + row, inside, 0.0)
+    # A number even where neither part has keys: -inf less -inf is none.
     higher = tl.maximum(tl.maximum(first_log, second_log), LOWEST)
     first_weight = tl.exp2((first_log - higher) * LOG2_E)
     second_weight = tl.exp2((second_log - higher) * LOG2_E)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from chiron_kernels.gpu.base_two import LOG2_E
 from chiron_kernels.gpu.checks import check_vectors
 from chiron_kernels.gpu.counter_noise import block_keys, exponentials, random_bits, token_keys
 from chiron_kernels.gpu.launch import Launch
@@ -46,7 +47,6 @@ from chiron_kernels.gpu.selection import (
     logit_bound,
 )
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_TEMPERATURE = tl.constexpr(1e-5)
 """Below this a temperature is greedy: the second best token would need a logit equal to the best."""
 LOWEST_KEY = tl.constexpr(-0x7F800001)

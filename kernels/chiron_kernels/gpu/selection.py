@@ -25,12 +25,12 @@ WEIGHT_SCALE_KEY = tl.constexpr(0x4F800000)
 BELOW_ONE_KEY = tl.constexpr(0x3F7FFFFF)
 """Just under the bits of 1.0, the least weight that counts."""
 COUNT_SHIFT = tl.constexpr(47)
-"""A sum of weights and the number of its terms share an int64. A sum here is of one row of a tile, 2**19 / 32
-tokens at most: below 2**46 + 1, and the number at most 2**14."""
+"""A lane's sum of weights and, above it, the number of its terms share an int64. A lane adds up VECTOR logits
+of each tile, 2**19 / LANES = 512 of a row at most: the sum is 2**41 at most, and the number 2**9."""
 MASS_MASK = tl.constexpr(2**47 - 1)
 
 TILE = tl.constexpr(16)
-"""Blocks of a tile: 8192 logits, 16 for each of 512 threads."""
+"""Blocks of a tile: 4096 logits, 8 for each of 512 threads."""
 VECTOR = tl.constexpr(4)
 """Neighbouring logits that one thread loads at once, and adds up on its own."""
 LANES = tl.constexpr(TILE.value * RACE_BLOCK.value // VECTOR.value)
