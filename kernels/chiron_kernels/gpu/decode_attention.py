@@ -3,10 +3,12 @@
 Decoding reads every key and value once and computes little with them, so it takes as long as that reading.
 What follows from it:
 
-  * All query heads that share a key head, and all new tokens of a request, are the rows of one tile, so
-    that keys are read once for all of them (GQA packing) and by the tensor cores:
+  * All query heads that share a key head, and all new tokens of a request, are rows of one matrix, so that
+    keys are read once for all of them (GQA packing) and multiplied by the tensor cores. Of key head h
 
-        row r of the tile = query head  head * GROUP + r % GROUP  of new token  r // GROUP
+        row r = query head  h * GROUP + r % GROUP  of new token  r // GROUP
+
+    Rows beyond MOST_ROWS are another program's.
 
   * The keys of a request are divided among programs so that every batch fills the device; `decode_splits`
     says how, and `merge_splits` joins the parts. This is Flash-Decoding (Dao et al. 2023) with an online
@@ -15,16 +17,17 @@ What follows from it:
   * The next tile's entries of the block table are read one step ahead. Found in the step that needs them,
     they would take half the stages of the software pipeline.
 
-A program is given its request's tiles from `first` up to `end`:
+The keys are taken in tiles of TILE, one to a step of the loop. A program is given those of its request from
+`first` up to `end`. Here / are keys that count, and . are others in tiles that are read:
 
-    keys       0  ...       lowest                                       length
-    tiles      |        |      x/|////////|////////|////////|////////|///x    |
+    keys       0               lowest                                length
+    tiles      |        |......//|////////|////////|////////|////////|///.....|
     splits              '------- split 0 ----------'------- split 1 ----------'
                         first                  end = first                  end
 
     lowest: the first key that any of its queries sees, 0 without a window. What the outer tiles hold before
-    `lowest` and from `length` on must not count: their scores are -inf. Moreover it may be NaN, and 0 * NaN
-    is NaN, so that the values there must be 0. `pool_tiles` sees to that.
+    `lowest` and from `length` on must not count: their scores are -inf. From `length` on it may even be NaN,
+    and 0 * NaN is NaN, so that the values there must be 0. `pool_tiles` sees to that.
 
 Each new token sees the keys up to its own. With 3 new tokens (QUERY_LEN), a GROUP of 2 and 6 keys:
 
@@ -34,8 +37,9 @@ Each new token sees the keys up to its own. With 3 new tokens (QUERY_LEN), a GRO
     4, 5   2      0, 1         x x x x x x
     6 ...  -      -       not in use: they compute with queries of 0, and nothing of them is stored
 
-What comes out is normalised by the sum of the split's own softmax, with the logarithm of that sum: to `out`
-where the request has one split, else to the split's place in `partial`, to be joined.
+What comes out is normalised by the sum of the split's own softmax, and stored with the logarithm of that sum:
+where the request has one split in `out` and `lse`, where the logarithm is the natural one, else at the
+split's place in `partial` and `partial_lse`, where it is to the base 2, to be joined.
 """
 
 from __future__ import annotations
@@ -60,8 +64,8 @@ FEWEST_COLUMNS = 16
 """Of a head: a matrix instruction adds up 16 products at once. Smaller heads are filled up with zeros."""
 
 MOST_ROWS = 64
-"""Of a tile: with heads of 256 the sums of twice as many would not fit the registers. More rows than that
-are several tiles, which find the keys in the cache."""
+"""Of a program: with heads of 256 the sums of twice as many are half the registers of a multiprocessor. More
+rows are several programs, of which all but one find the keys in the cache."""
 
 SUMS_FOR_8_WARPS = MOST_ROWS * 256
 """Rows times columns: half of all registers that 4 warps can have, which need many beside the sums."""
@@ -71,8 +75,8 @@ BYTES_AHEAD = 65536
 than the 20 to 40 KiB that it takes to cover the latency of the memory at its full rate."""
 
 MOST_STAGES = 5
-"""Of the pipeline: tiles so small that more would fit are those of small heads, and what is read of them at
-once by three programs is enough."""
+"""Of the pipeline. Of small tiles (small heads, small blocks, 8 bits) BYTES_AHEAD would be more, but four
+under way in each of three programs cover the latency from 4 KiB on."""
 
 ADA = 89
 """The first GPUs with 8-bit floats."""
@@ -110,7 +114,7 @@ def _decode_attention(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     LOADS: tl.constexpr,
-    EIGHT_BITS: tl.constexpr,  # keys and values are, which are computed with as float16
+    FROM_8_BITS: tl.constexpr,  # keys and values are float8_e4m3fn, computed with as float16
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
@@ -145,7 +149,7 @@ def _decode_attention(
     column = tl.arange(0, COLUMNS)
     valid = in_use[:, None] & (column < D)[None, :]
     queries = tl.load(q + (query_row * q_stride + query_head * D)[:, None] + column[None, :], valid, 0.0)
-    if EIGHT_BITS:
+    if FROM_8_BITS:
         queries = queries.to(tl.float16)
 
     # The online softmax, to the base 2: the highest score so far, the sum of 2^(score - highest), and the
@@ -155,6 +159,8 @@ def _decode_attention(
     total = tl.zeros([ROWS], tl.float32)
     if SINKS:
         sink = tl.load(sinks + query_head, in_use, 0.0).to(tl.float32) * LOG2_E
+        # A sink may be -inf. One that is NaN makes NaN of its rows.
+        sink = tl.maximum(sink, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         highest = tl.where(place == 0, sink, highest)
         total = tl.where(place == 0, 1.0, total)
     values = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -166,8 +172,9 @@ def _decode_attention(
     for tile in tl.range(first, end):
         start = tile * TILE
         if LOADS == "descriptor":
-            # The last box is moved back so as to end with the last key, and its keys before `start`, which
-            # the tile before has, do not count: see `pool_tiles`, for what lies before the block as well.
+            # back: keys the last box would read past the end. It ends with the last key instead, so that
+            # key < length holds of itself; what it has before `start` counts with the tile before. origin,
+            # the box's first token in the block, may be below 0, where zeros are read: see `pool_tiles`.
             back = tl.maximum(start + TILE - length, 0)
             key = start - back + tl.arange(0, TILE)
             inside = key >= tl.maximum(start, lowest)
@@ -179,13 +186,14 @@ def _decode_attention(
         k, v = load_tile(
             kv, block, origin, inside, head, block_stride, KV_HEADS, D, COLUMNS, BLOCK_SIZE, TILE, LOADS
         )
-        if EIGHT_BITS:
+        if FROM_8_BITS:
             k, v = k.to(tl.float16), v.to(tl.float16)
         # The last step looks its own entries up again, as there may be none after them.
         next_start = tl.minimum(tile + 1, end - 1) * TILE
         next_inside = inside_tile(next_start, lowest, length, TILE)
         block = look_up(table, next_start, next_inside, BLOCK_SIZE, TILE, LOADS)
 
+        # ieee: float32 is not rounded to TF32. For 16 bits it makes no difference.
         score = tl.dot(queries, k.T, input_precision="ieee") * scale
         if SOFTCAP:
             # softcap * tanh(score / softcap), with tanh(x) = 1 - 2 / (1 + e^2x), and to the base 2.
@@ -256,6 +264,7 @@ def decode_attention_launch(
     tile_rows = min(max(power_of_two_from(group * query_len), FEWEST_ROWS), MOST_ROWS)
     loads = tile_loads(kv, splits.tile)
     score_scale = scale * k_scale
+    # Pointers that are not read, without SINKS or LSE, are given as any tensor's.
     return Launch(
         _decode_attention,
         (kv_heads * -(-group * query_len // tile_rows), splits.capacity),
@@ -279,7 +288,8 @@ def decode_attention_launch(
             "scale": score_scale if softcap is not None else score_scale * LOG2_E.value,
             "v_scale": v_scale,
             "softcap": softcap or 0.0,
-            "window": window or 0,
+            # One beyond the table is no window; much beyond, it would overflow in the kernel.
+            "window": min(window or 0, splits.table_keys),
             "KV_HEADS": kv_heads,
             "GROUP": group,
             "QUERY_LEN": query_len,
@@ -289,7 +299,7 @@ def decode_attention_launch(
             "ROWS": tile_rows,
             "TILE": splits.tile,
             "LOADS": loads,
-            "EIGHT_BITS": kv.dtype == EIGHT_BITS,
+            "FROM_8_BITS": kv.dtype == EIGHT_BITS,
             "WINDOWED": window is not None,
             "SOFTCAP": softcap is not None,
             "SINKS": sinks is not None,

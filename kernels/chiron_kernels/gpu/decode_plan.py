@@ -16,30 +16,36 @@ from chiron_kernels.gpu.checks import check_device, check_shape
 from chiron_kernels.gpu.paged_kv import STORED, check_kv, check_tables
 
 MOST_QUERIES = 8
-"""New tokens of a request: one, and what was drafted."""
+"""New tokens of a request: one, and what was drafted. More are a chunk, for `prefill_attention`."""
 
 LEAST_SPLIT = 2
-"""Tiles of the shortest split: the kernel has as many under way at once, so that shorter ones would end no
-sooner."""
+"""Tiles of the shortest split: the kernel has at least as many under way at once, so that shorter ones would
+end no sooner. A request with two splits thus has more keys than MOST_QUERIES: each query sees some."""
 
 TILE_BYTES = 16384
 """Of a tile's keys, and of its values: the two of three pipeline stages leave room for three programs on a
 multiprocessor of an H100."""
 
 LONGEST_TILE = 64
+"""Keys: a block of the size that the engine gives these kernels, so that a tile is one box in it."""
+
 SHORTEST_TILE = 16
 """Keys: the matrix instructions take no fewer for the product of probabilities and values."""
 
-SMALLEST_PAGE = 32
+SMALLEST_BLOCK = 32
 """Tokens of a block from which on a tile is no longer than a block, and so needs one look into the table.
 Tiles of 16 keys would spend more on each step than the look-ups cost."""
 
 PROGRAMS_AT_ONCE = 3
-"""Programs that fit a multiprocessor; more would wait for these to end."""
+"""Programs that fit a multiprocessor from Hopper on, of up to 168 registers a thread; more would wait for
+these to end. An A100 holds two, and so do all of the configurations with more registers: for them there are
+half as many programs again as one wave holds."""
 
 SHARES_OF_WAVES = 8 / 3
-"""Programs to a wave where there are more requests than one holds. Requests of a wave and less than a third
-more are then halved: the few programs after the first wave would else run alone for a third of the time."""
+"""Programs to a wave where there are more requests than one holds: two for each request, up to 4/3 waves of
+requests. With one each, those after the first wave, a third of a wave at most, would have the device to
+themselves for as long as that wave took; halved, they are the third of three rounds of half the time. More
+than a third of a wave keep the memory busy enough. Reasoned, not timed."""
 
 ASSUMED_MULTIPROCESSORS = 132
 """Of an H100 and an H200, where there is no GPU to ask."""
@@ -52,8 +58,8 @@ class DecodeSplits:
     work: int32 [5, capacity], a column for each split: the request, the split's place among the splits of
     the request, how many it has, its first tile and the tile after its last. A column without splits is
     unused. requests: int32 [2, B]: the first column of each request and how many splits it has. tile: keys of
-    a tile. programs: that fill the device, for each key head. table_keys: keys a block table can hold. The
-    rest is what it was made for.
+    a tile. programs: among which the batch is divided, for each key head. table_keys: keys a block table can
+    hold. The rest is what it was made for.
     """
 
     work: torch.Tensor
@@ -122,7 +128,7 @@ def tile_keys(block_size: int, head_dim: int, dtype: torch.dtype) -> int:
     # 8 bits are computed with as 16, which have to fit the registers.
     fits = TILE_BYTES // (power_of_two_from(head_dim) * max(dtype.itemsize, 2))
     keys = min(max(fits, SHORTEST_TILE), LONGEST_TILE)
-    return block_size if SMALLEST_PAGE <= block_size < keys else keys
+    return block_size if SMALLEST_BLOCK <= block_size < keys else keys
 
 
 def most_tiles(table_width: int, block_size: int, tile: int, query_len: int, window: int | None) -> int:
@@ -135,7 +141,8 @@ def most_tiles(table_width: int, block_size: int, tile: int, query_len: int, win
 
 
 def programs_per_head(batch: int, kv_heads: int, device: torch.device) -> int:
-    """Programs for each key head among which a batch is best divided: a wave of the device."""
+    """Programs for each key head among which a batch is best divided: those that the device holds at once, a
+    wave, or SHARES_OF_WAVES of these. Where MOST_ROWS makes several programs of one, they are not counted."""
     wave = max(_multiprocessors(device) * PROGRAMS_AT_ONCE // kv_heads, 1)
     return wave if batch <= wave else round(wave * SHARES_OF_WAVES)
 

@@ -4,10 +4,10 @@ Lengths change with every step and stay on the device, where this kernel reads t
 host, and a CUDA graph that was captured once serves all lengths. All layers with the same key heads, head
 size and window share its result.
 
-One length of a split serves the whole batch, so that a program of a long request has as much to do as one
-of a short request. It is such that all splits together fill the device once:
+One length of a split serves the whole batch, so that no program has twice as much to do, be its request long
+or short. It is such that all splits together are as many as `programs`:
 
-    length = max(sum of tiles / programs, LEAST_SPLIT)
+    length = max(ceil(sum of tiles / programs), LEAST_SPLIT)
     splits of a request = max(its tiles // length, 1)
 
 Rounded down, the splits exceed `programs` only by requests that have one, so that no batch has a few
@@ -28,8 +28,8 @@ from chiron_kernels.gpu.launch import Launch
 MOST_REQUESTS = 8192
 """Each program holds the lengths of all."""
 
-COLUMNS = 128
-"""Of `work` written at once: one for each thread."""
+STEP = 128
+"""Columns of `work` written at once: one for each thread."""
 
 
 # Not specialised: numbers that vary while serving and that no alignment follows from.
@@ -42,13 +42,13 @@ def _decode_splits(
     capacity,
     table_keys,  # keys a block table can hold
     window,
-    programs,  # that fill the device, for each key head
+    programs,  # for each key head
     QUERY_LEN: tl.constexpr,
     WINDOWED: tl.constexpr,
     TILE: tl.constexpr,
     LEAST: tl.constexpr,  # tiles of the shortest split
     BATCH: tl.constexpr,  # the power of two from B up
-    COLUMNS: tl.constexpr,  # columns of `work` written at once
+    STEP: tl.constexpr,  # columns of `work` written at once
 ):
     """One program for each request: it finds the splits of all, which is quick, and writes its own."""
     request = tl.program_id(0)
@@ -75,8 +75,8 @@ def _decode_splits(
 
     # The last request also marks the columns after its own as unused: no splits.
     stop = tl.where(request == batch - 1, capacity, start + own_splits)
-    for from_column in tl.range(start, stop, COLUMNS):
-        column = from_column + tl.arange(0, COLUMNS)
+    for from_column in tl.range(start, stop, STEP):
+        column = from_column + tl.arange(0, STEP)
         place = column - start
         used = place < own_splits
         written = column < stop
@@ -109,14 +109,15 @@ def decode_splits_launch(lens: torch.Tensor, splits: DecodeSplits) -> Launch:
             "batch": batch,
             "capacity": splits.capacity,
             "table_keys": splits.table_keys,
-            "window": splits.window or 0,
+            # One beyond the table is no window; much beyond, it would overflow in the kernel.
+            "window": min(splits.window or 0, splits.table_keys),
             "programs": splits.programs,
             "QUERY_LEN": splits.query_len,
             "WINDOWED": splits.window is not None,
             "TILE": splits.tile,
             "LEAST": LEAST_SPLIT,
             "BATCH": power_of_two_from(max(batch, 1)),
-            "COLUMNS": COLUMNS,
+            "STEP": STEP,
         },
         num_stages=1,
     )

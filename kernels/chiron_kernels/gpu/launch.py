@@ -11,6 +11,7 @@ from triton.runtime.driver import driver
 
 Grid = tuple[int, ...]
 HOPPER = 90
+"""As `target_architecture` gives it: the first with tensor descriptors and HGMMA."""
 
 
 def target_architecture() -> int:

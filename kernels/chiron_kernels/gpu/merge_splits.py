@@ -23,7 +23,7 @@ STEP_BYTES = 8192
 """Of partial values that one step of the loop reads: 16 registers of each thread."""
 
 STAGES = 4
-"""Steps under way, and one more. Nothing but the latency of these reads takes time here."""
+"""Of the pipeline, of which all but one are under way. Nothing but the latency of these reads takes time."""
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -73,6 +73,7 @@ def _merge_splits(
         values = values * fade + tl.sum(part * weight[:, None], axis=0)
         highest = higher
 
+    # total is above 0: a request with several splits has more keys than queries, so that each sees some.
     target = query_row * (KV_HEADS * GROUP) + query_head
     tl.store(out + target * D + column, (values / total).to(out.dtype.element_ty), column < D)
     if LSE:
@@ -140,7 +141,8 @@ def merge_splits(
     partial: float32 [capacity, Hkv, query_len * G, D], the attention over the keys of each split alone; row
     j * G + g is of query head g of the group and new token j. partial_lse: float32 [capacity, Hkv,
     query_len * G], log2 of the sum of exponentials. out: [B * query_len, Hq, D] and lse: float32
-    [B * query_len, Hq], the natural logarithm, written for these requests and left alone for the others.
-    Raises ValueError for what does not fit.
+    [B * query_len, Hq], the natural logarithm, written for these requests and left alone for the others. Of
+    each row one split at least must have keys: of -inf alone comes NaN. Raises ValueError for what does not
+    fit.
     """
     merge_splits_launch(partial, partial_lse, splits, out, lse).run()

@@ -18,6 +18,7 @@ import torch
 from chiron_kernels.gpu.checks import FLOATS, check_dtype, check_last_dense, check_shape
 
 LARGEST_HEAD = 256
+"""Of these kernels: the sums of larger ones, which are rare, would need other tiles."""
 EIGHT_BITS = torch.float8_e4m3fn
 STORED = (*FLOATS, EIGHT_BITS)
 

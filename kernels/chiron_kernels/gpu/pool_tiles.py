@@ -59,7 +59,8 @@ def load_tile(
         v = kv.load([block, start, KV_HEADS + head, 0])
         return k.reshape(TILE, COLUMNS), v.reshape(TILE, COLUMNS)
     else:
-        # One of the two terms is 0: tiles start at a block's start, or lie within a block.
+        # Below BLOCK_SIZE: a tile longer than a block starts with one, so that the first term is 0; any other
+        # lies within a block, so that the second is 0 to TILE - 1.
         token = start % BLOCK_SIZE + tl.arange(0, TILE) % BLOCK_SIZE
         column = tl.arange(0, COLUMNS)
         row = kv + block * block_stride + token * (2 * KV_HEADS * D) + head * D

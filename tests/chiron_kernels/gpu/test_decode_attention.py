@@ -75,6 +75,29 @@ def test_softcap_and_sinks(dtype: torch.dtype, device: torch.device) -> None:
     assert_exact(batch, programs=8, softcap=2.5, sinks=sinks)
 
 
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
+def test_sinks_that_are_none(lowest: float, window: int | None, device: torch.device) -> None:
+    """Of heads without one, in rows that see nothing at all, or nothing of their first tile."""
+    batch = make_batch([1, 66], device, query_len=3)
+    sinks = torch.full((8,), lowest, device=device)
+    assert_exact(batch, window=window, sinks=sinks)
+
+
+def test_sinks_that_are_broken_show(device: torch.device) -> None:
+    batch = make_batch([20], device)
+    sinks = torch.zeros(8, device=device)
+    sinks[3] = torch.nan
+    out, _ = batch.attend(sinks=sinks)
+    assert out.isnan().all(dim=2).tolist() == [[head == 3 for head in range(8)]]
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
+def test_windows_that_no_request_fills(window: int, device: torch.device) -> None:
+    batch = make_batch([0, 1, 200], device, query_len=3)
+    assert_close(batch.attend(window=window), batch.exact(), batch.q.dtype)
+
+
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(("query_len", "window"), [(1, None), (3, None), (1, 380), (3, 380)])
 def test_splits_change_nothing(

@@ -29,7 +29,7 @@ def tables(width: int) -> torch.Tensor:
     return torch.zeros(1, width, dtype=torch.int64)
 
 
-@pytest.mark.parametrize(("query_len", "window"), [(1, None), (4, 65), (2, 1)])
+@pytest.mark.parametrize(("query_len", "window"), [(1, None), (4, 65), (2, 1), (3, 2**31 - 1), (3, 2**40)])
 @pytest.mark.parametrize("programs", [7, 300])
 def test_equals_the_reference(
     programs: int, query_len: int, window: int | None, device: torch.device
