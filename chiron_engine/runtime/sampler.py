@@ -125,8 +125,7 @@ def _sample_with_triton(logits: Tensor, rows: SamplingRows, positions: Tensor) -
         rows.top_p,
         rows.seeds,
         positions,
-        any_top_k=rows.largest_top_k > 0,
-        any_top_p=rows.any_top_p,
+        filtered=rows.largest_top_k > 0 or rows.any_top_p,
     )
 
 

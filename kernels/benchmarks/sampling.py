@@ -48,10 +48,7 @@ class SampleCase:
             seeds,
             seeds + 1,
         )
-        calls = [
-            functools.partial(sample_rows, rows, *parameters, any_top_k=self.drawn, any_top_p=self.drawn)
-            for rows in logits
-        ]
+        calls = [functools.partial(sample_rows, rows, *parameters, filtered=self.drawn) for rows in logits]
 
         def error(call: int, result: tuple[torch.Tensor, torch.Tensor]) -> float:
             """0 or without end: a token may be chosen or it may not."""

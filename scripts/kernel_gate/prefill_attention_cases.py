@@ -150,9 +150,8 @@ def cases() -> list[Case]:
         found += _attention_cases(Geometry((32, 8), 128, page), softcap=50.0)
         found += _attention_cases(Geometry((64, 8), 64, page), window=128, sinks=True)
         found += _attention_cases(Geometry((32, 8), 128, page, dtype=torch.float16))
-    for splits in (2, 16):
-        for dim in (64, 128, 256):
-            found.append(Case(f"merge_parts {splits} D{dim}", lambda s=splits, d=dim: _merge(s, d)))
+    for dim in (64, 128, 256):
+        found.append(Case(f"merge_parts 16 D{dim}", lambda d=dim: _merge(16, d)))
     for group in (1, 4, 7):
         geometry = Geometry((8 * group, 8), 128, 16, chunks=8, chunk=256)
         found.append(Case(f"query_blocks {geometry}", lambda g=geometry: _query_blocks(g)))

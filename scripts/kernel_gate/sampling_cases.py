@@ -13,7 +13,6 @@ from scripts.kernel_gate.case import Case
 VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 256_000)
 ROWS = (1, 128)
 LIKELIEST = 20
-STAGES = {"plain": (False, False), "top-k": (True, False), "top-p": (False, True), "both": (True, True)}
 META = torch.device("meta")
 
 
@@ -21,7 +20,7 @@ def _rows(count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(count, dtype=dtype, device=META)
 
 
-def _sample(rows: int, vocab: int, stages: tuple[bool, bool]) -> tuple[Launch, Launch]:
+def _sample(rows: int, vocab: int, filtered: bool) -> tuple[Launch, Launch]:
     floats, whole = _rows(rows, torch.float32), _rows(rows, torch.int64)
     return sample_rows_launches(
         torch.empty(rows, vocab, device=META),
@@ -33,8 +32,7 @@ def _sample(rows: int, vocab: int, stages: tuple[bool, bool]) -> tuple[Launch, L
         whole,
         whole,
         _rows(rows, torch.bool),
-        any_top_k=stages[0],
-        any_top_p=stages[1],
+        filtered=filtered,
     )
 
 
@@ -77,9 +75,8 @@ def cases() -> list[Case]:
             name = f"block_summaries {vocab} rows {rows}"
             found.append(Case(name, lambda r=rows, v=vocab: _logprobs(r, v)[0], narrow_loads=3))
         found.append(Case(f"greedy {vocab}", lambda v=vocab: _greedy(128, v)[1]))
-        for stages, flags in STAGES.items():
-            name = f"sample {stages} {vocab}"
-            found.append(Case(name, lambda v=vocab, f=flags: _sample(128, v, f)[1]))
+        for name, filtered in (("plain", False), ("both", True)):
+            found.append(Case(f"sample {name} {vocab}", lambda v=vocab, f=filtered: _sample(128, v, f)[1]))
         found.append(Case(f"likeliest {vocab}", lambda v=vocab: _logprobs(128, v)[1]))
     found.append(Case("adjust", lambda: _adjust(VOCABULARIES[0])))
     found.append(Case("penalise", lambda: _penalise(VOCABULARIES[0])))

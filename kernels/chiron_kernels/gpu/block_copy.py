@@ -25,7 +25,7 @@ PIECE_WORDS = NUM_WARPS * 32 * 4 * 4
 late. A piece is 8 KiB."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["source_rows", "target_rows"])
 def _copy_blocks(
     source,  # int32 [blocks, words]
     source_rows,  # int64 [count]; not read if SOURCE_DENSE

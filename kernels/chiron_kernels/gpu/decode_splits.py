@@ -22,14 +22,41 @@ import triton
 import triton.language as tl
 
 from chiron_kernels.gpu.checks import check_contiguous, check_device, check_dtype, check_shape
-from chiron_kernels.gpu.decode_plan import LEAST_SPLIT, DecodeSplits, empty_splits, power_of_two_from
+from chiron_kernels.gpu.decode_plan import LEAST_SPLIT, DecodeSplits, empty_splits
 from chiron_kernels.gpu.launch import Launch
 
-MOST_REQUESTS = 8192
-"""Each program holds the lengths of all."""
+MOST_REQUESTS = 2**15
+"""With the splits besides one each, the second axis of a grid, 65,535, still holds all."""
+
+REQUESTS = 256
+"""Counted at once by each program, whatever the batch: one kernel serves all."""
 
 STEP = 128
 """Columns of `work` written at once: one for each thread."""
+
+
+@triton.jit
+def _tiles(
+    lens,
+    base,
+    batch,
+    table_keys,
+    window,
+    QUERY_LEN: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TILE: tl.constexpr,
+    REQUESTS: tl.constexpr,
+):
+    """int32 [REQUESTS]: the first tile and the number of tiles of requests `base` and on; none past B."""
+    index = base + tl.arange(0, REQUESTS)
+    # A length that the table cannot hold would have the attention read beyond it.
+    keys = tl.load(lens + index, mask=index < batch, other=0)
+    keys = tl.minimum(tl.maximum(keys, 0), table_keys).to(tl.int32)
+    first = tl.zeros_like(keys)
+    if WINDOWED:
+        # The first query is at keys - QUERY_LEN and sees `window` keys up to its own.
+        first = tl.maximum(keys - QUERY_LEN - window + 1, 0) // TILE
+    return first, tl.cdiv(keys, TILE) - first
 
 
 # Not specialised: numbers that vary while serving and that no alignment follows from.
@@ -47,29 +74,27 @@ def _decode_splits(
     WINDOWED: tl.constexpr,
     TILE: tl.constexpr,
     LEAST: tl.constexpr,  # tiles of the shortest split
-    BATCH: tl.constexpr,  # the power of two from B up
+    REQUESTS: tl.constexpr,  # counted at once
     STEP: tl.constexpr,  # columns of `work` written at once
 ):
     """One program for each request: it finds the splits of all, which is quick, and writes its own."""
     request = tl.program_id(0)
-    index = tl.arange(0, BATCH)
-    # A length that the table cannot hold would have the attention read beyond it.
-    keys = tl.load(lens + index, mask=index < batch, other=0)
-    keys = tl.minimum(tl.maximum(keys, 0), table_keys).to(tl.int32)
-    end = tl.cdiv(keys, TILE)
-    first = tl.zeros_like(end)
-    if WINDOWED:
-        # The first query is at keys - QUERY_LEN and sees `window` keys up to its own.
-        first = tl.maximum(keys - QUERY_LEN - window + 1, 0) // TILE
-    tiles = end - first
-    length = tl.maximum(tl.cdiv(tl.sum(tiles, axis=0), programs), LEAST)
-    splits = tl.where(index < batch, tl.maximum(tiles // length, 1), 0)
+    total = tl.zeros((), tl.int32)
+    for base in range(0, batch, REQUESTS):
+        _, tiles = _tiles(lens, base, batch, table_keys, window, QUERY_LEN, WINDOWED, TILE, REQUESTS)
+        total += tl.sum(tiles, axis=0)
+    length = tl.maximum(tl.cdiv(total, programs), LEAST)
 
-    start = tl.sum(tl.where(index < request, splits, 0), axis=0)
-    own = index == request
-    own_splits = tl.sum(tl.where(own, splits, 0), axis=0)
-    own_first = tl.sum(tl.where(own, first, 0), axis=0)
-    own_tiles = tl.sum(tl.where(own, tiles, 0), axis=0)
+    start = tl.zeros((), tl.int32)
+    own_first = tl.zeros((), tl.int32)
+    own_tiles = tl.zeros((), tl.int32)
+    for base in range(0, request + 1, REQUESTS):
+        first, tiles = _tiles(lens, base, batch, table_keys, window, QUERY_LEN, WINDOWED, TILE, REQUESTS)
+        index = base + tl.arange(0, REQUESTS)
+        start += tl.sum(tl.where(index < request, tl.maximum(tiles // length, 1), 0), axis=0)
+        own_first += tl.sum(tl.where(index == request, first, 0), axis=0)
+        own_tiles += tl.sum(tl.where(index == request, tiles, 0), axis=0)
+    own_splits = tl.maximum(own_tiles // length, 1)
     tl.store(requests + request, start)
     tl.store(requests + batch + request, own_splits)
 
@@ -116,7 +141,7 @@ def decode_splits_launch(lens: torch.Tensor, splits: DecodeSplits) -> Launch:
             "WINDOWED": splits.window is not None,
             "TILE": splits.tile,
             "LEAST": LEAST_SPLIT,
-            "BATCH": power_of_two_from(max(batch, 1)),
+            "REQUESTS": REQUESTS,
             "STEP": STEP,
         },
         num_stages=1,

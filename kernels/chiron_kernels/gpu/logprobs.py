@@ -42,7 +42,7 @@ def _row_and_token(rows, tokens, height, vocab, at):
     return row, tl.minimum(tl.maximum(tl.load(tokens + row), 0), vocab - 1)
 
 
-@triton.jit(do_not_specialize=["height"])
+@triton.jit(do_not_specialize=["height"], do_not_specialize_on_alignment=["rows", "tokens"])
 def _block_summaries(
     logits,  # [R, V], rows `stride` apart
     stride,
@@ -72,7 +72,7 @@ def _block_summaries(
     tl.store(larger + places, tl.sum(above, axis=1).to(tl.int32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["height", "few"])
+@triton.jit(do_not_specialize=["height", "few"], do_not_specialize_on_alignment=["rows", "tokens"])
 def _likeliest(
     logits,  # [R, V], rows `stride` apart
     stride,

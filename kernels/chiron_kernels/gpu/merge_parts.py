@@ -15,7 +15,8 @@ from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, ch
 from chiron_kernels.gpu.launch import Launch
 
 MOST_SPLITS = 16
-"""One program holds all parts of a row."""
+"""One program has room for so many parts of a row, there or not: the rest is not read, and one kernel serves
+every number."""
 
 
 @triton.jit(do_not_specialize=["splits", "tokens", "chunks"], do_not_specialize_on_alignment=["query_starts"])
@@ -31,7 +32,7 @@ def _merge_parts(
     HAS_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,  # the power of two from HEAD_DIM up
-    SPLITS: tl.constexpr,  # the power of two from P up
+    SPLITS: tl.constexpr,  # the most there may be
 ):
     """Program (t, h) joins the parts of one row."""
     token = tl.program_id(0)
@@ -97,7 +98,7 @@ def merge_parts_launch(
             "HAS_LSE": lse is not None,
             "HEAD_DIM": head_dim,
             "DIM": dim,
-            "SPLITS": triton.next_power_of_2(splits),
+            "SPLITS": MOST_SPLITS,
         },
         # A warp reads 128 floats of a part at once.
         num_warps=1 if dim <= 64 else 2,

@@ -44,21 +44,28 @@ class QueryBlocks:
 
 
 @triton.jit
-def _blocks_above(cost, length, context, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def _blocks_of(length, rows_log2, GROUP: tl.constexpr):
+    """Blocks of a chunk of so many tokens."""
+    return (length * GROUP + (1 << rows_log2) - 1) >> rows_log2
+
+
+@triton.jit
+def _blocks_above(cost, length, context, rows_log2, GROUP: tl.constexpr):
     """How many blocks of a chunk cost more than `cost`.
 
     Block m's last row is token ceil((m + 1) ROWS / G) - 1 or the chunk's last, so it costs
     context + min(length, ceil((m + 1) ROWS / G)) keys. That is more than context + t, 0 <= t < length, where
     (m + 1) ROWS > t G, that is from m = floor(t G / ROWS) on.
     """
-    blocks = (length * GROUP + ROWS - 1) // ROWS
+    blocks = _blocks_of(length, rows_log2, GROUP)
     tokens = cost - context
-    from_block = tl.maximum(tokens, 0) * GROUP // ROWS
+    from_block = (tl.maximum(tokens, 0) * GROUP) >> rows_log2
     return tl.where(tokens < length, blocks - from_block, 0)
 
 
 @triton.jit(
-    do_not_specialize=["chunks", "capacity"], do_not_specialize_on_alignment=["query_starts", "context_lens"]
+    do_not_specialize=["chunks", "capacity", "rows_log2"],
+    do_not_specialize_on_alignment=["query_starts", "context_lens"],
 )
 def _query_blocks(
     query_starts,  # int64 [C + 1]
@@ -67,8 +74,8 @@ def _query_blocks(
     count,  # int32 [1] out
     chunks,  # C
     capacity,  # N
+    rows_log2,  # of packed rows of a block: shifts by it serve every size
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Program (c, j) places blocks j * LANES and on of chunk c."""
@@ -76,16 +83,16 @@ def _query_blocks(
     chunk = tl.program_id(0)
     length = (tl.load(query_starts + chunk + 1) - tl.load(query_starts + chunk)).to(tl.int32)
     context = tl.load(context_lens + chunk).to(tl.int32)
-    blocks = (length * GROUP + ROWS - 1) // ROWS
+    blocks = _blocks_of(length, rows_log2, GROUP)
     first = tl.program_id(1) * LANES
     counts_all = (chunk == 0) & (first == 0)
     if (first >= blocks) & (not counts_all):
         return
     block = first + tl.arange(0, LANES)
-    cost = context + tl.minimum(length, ((block + 1) * ROWS + GROUP - 1) // GROUP)
+    cost = context + tl.minimum(length, (((block + 1) << rows_log2) + GROUP - 1) // GROUP)
     # Of equal cost, blocks of earlier chunks and earlier blocks of this one go first. Those of this one that
     # cost as much or more are its last, so `block` less the number before them are its equals before it.
-    place = block - (blocks - _blocks_above(cost - 1, length, context, GROUP, ROWS))
+    place = block - (blocks - _blocks_above(cost - 1, length, context, rows_log2, GROUP))
     total = tl.zeros([LANES], tl.int32)
     for base in range(0, chunks, LANES):
         other = base + tl.arange(0, LANES)
@@ -94,14 +101,14 @@ def _query_blocks(
         other_end = tl.load(query_starts + other + 1, mask=exists, other=0)
         other_length = (other_end - other_start).to(tl.int32)
         other_context = tl.load(context_lens + other, mask=exists, other=0).to(tl.int32)
-        total += (other_length * GROUP + ROWS - 1) // ROWS
+        total += _blocks_of(other_length, rows_log2, GROUP)
         # An equal counts where its chunk is earlier: it then need only cost more than `cost` - 1.
         least = cost[:, None] - tl.where(other < chunk, 1, 0)[None, :]
-        above = _blocks_above(least, other_length[None, :], other_context[None, :], GROUP, ROWS)
+        above = _blocks_above(least, other_length[None, :], other_context[None, :], rows_log2, GROUP)
         place += tl.sum(above, axis=1)
     fits = (block < blocks) & (place < capacity)
     tl.store(entries + place * 2, chunk, mask=fits)
-    tl.store(entries + place * 2 + 1, block * ROWS, mask=fits)
+    tl.store(entries + place * 2 + 1, block << rows_log2, mask=fits)
     if counts_all:
         tl.store(count, tl.minimum(tl.sum(total, axis=0), capacity))
 
@@ -158,8 +165,8 @@ def query_blocks_launch(
             "count": blocks.count,
             "chunks": chunks,
             "capacity": capacity,
+            "rows_log2": blocks.rows.bit_length() - 1,
             "GROUP": blocks.group,
-            "ROWS": blocks.rows,
             "LANES": LANES,
         },
         num_warps=4,

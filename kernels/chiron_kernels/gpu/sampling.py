@@ -137,8 +137,7 @@ def _sample(
     positions,  # [R]
     tokens,  # [R] out
     valid,  # [R] out
-    ANY_TOP_K: tl.constexpr,
-    ANY_TOP_P: tl.constexpr,
+    FILTERED: tl.constexpr,  # top_k and top_p count; one without the other would run no more side by side
     BLOCKS: tl.constexpr,  # the power of two from `blocks` up
 ):
     at = tl.program_id(0).to(tl.int64)
@@ -159,14 +158,14 @@ def _sample(
     inverse = LOG2_E / heat
     least_logit = float("-inf")
     least_weight = tl.maximum(tl.load(min_p + at) * WEIGHT_SCALE, 1.0)
-    if ANY_TOP_K:
+    bound = logit_bound(least_weight, best, inverse)
+    if FILTERED:
         k = tl.load(top_k + at)
         if (k > 0) & (k < vocab):
             least_logit = _kth_largest(
                 row, vocab, maxima, blocks, listed, candidates, values, best, k, BLOCKS
             )
-    bound = tl.maximum(logit_bound(least_weight, best, inverse), least_logit)
-    if ANY_TOP_P:
+        bound = tl.maximum(bound, least_logit)
         share = tl.load(top_p + at)
         if share < 1.0:
             key = find_threshold(
@@ -231,8 +230,7 @@ def sample_rows_launches(
     tokens: torch.Tensor,
     valid: torch.Tensor,
     *,
-    any_top_k: bool = True,
-    any_top_p: bool = True,
+    filtered: bool = True,
 ) -> tuple[Launch, Launch]:
     """tokens: int64 [R], valid: bool [R], written. Otherwise as `sample_rows`."""
     check_logits(logits)
@@ -274,8 +272,7 @@ def sample_rows_launches(
             "positions": positions,
             "tokens": tokens,
             "valid": valid,
-            "ANY_TOP_K": any_top_k,
-            "ANY_TOP_P": any_top_p,
+            "FILTERED": filtered,
             "BLOCKS": padded_blocks(vocab),
         },
         num_warps=16,
@@ -323,8 +320,7 @@ def sample_rows(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     *,
-    any_top_k: bool = True,
-    any_top_p: bool = True,
+    filtered: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token for each row of logits: int64 [R], and bool [R], False where no logit was above -inf; such a
     row gets token 0.
@@ -332,8 +328,8 @@ def sample_rows(
     logits: float32 [R, V], rows any distance apart; NaN counts as -inf and +inf as the largest finite number.
     Of each row: temperature float32, greedy below MIN_TEMPERATURE; min_p float32, 0 for none; top_k int64, 0
     for all; top_p float64, 1 for all; seeds int64; positions int64, the index of the token in its sequence.
-    any_top_k, any_top_p: False lets the kernel leave out what no row asks for. Raises ValueError for what
-    does not fit."""
+    filtered: False lets the kernel leave out top_k and top_p, which no row then asks for. Raises ValueError
+    for what does not fit."""
     tokens, valid = _empty_results(logits)
     for launch in sample_rows_launches(
         logits,
@@ -345,8 +341,7 @@ def sample_rows(
         positions,
         tokens,
         valid,
-        any_top_k=any_top_k,
-        any_top_p=any_top_p,
+        filtered=filtered,
     ):
         launch.run()
     return tokens, valid

@@ -32,16 +32,15 @@ def sample_rows(
     seeds: Tensor,
     positions: Tensor,
     *,
-    any_top_k: bool = True,
-    any_top_p: bool = True,
+    filtered: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One token for each row of logits: int64 [R], and bool [R], False where no logit was above -inf; such a
     row gets token 0.
 
     logits: float32 [R, V]; NaN counts as -inf and +inf as the largest finite number. Of each row: temperature
     float32, greedy below MIN_TEMPERATURE; min_p float32, 0 for none; top_k int64, 0 for all; top_p float64, 1
-    for all; seeds int64; positions int64, the index of the token in its sequence. any_top_k, any_top_p:
-    whether any row asks for it."""
+    for all; seeds int64; positions int64, the index of the token in its sequence. filtered: whether
+    any row asks for top_k or top_p."""
     logits = finite(logits)
     best, first = logits.max(dim=-1)
     greedy, valid = temperature < MIN_TEMPERATURE, best > -torch.inf
@@ -55,8 +54,8 @@ def sample_rows(
         top_p,
         random_bits(seeds, positions),
         any_min_p=True,
-        largest_top_k=int(asked.max()) if any_top_k and len(asked) else 0,
-        any_top_p=any_top_p,
+        largest_top_k=int(asked.max()) if filtered and len(asked) else 0,
+        any_top_p=filtered,
     )
     return torch.where(valid, torch.where(greedy, first, drawn), 0), valid
 

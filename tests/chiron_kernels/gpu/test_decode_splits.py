@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from chiron_kernels.gpu import decode_splits as decode_splits_module
 from chiron_kernels.gpu.decode_plan import (
     ASSUMED_MULTIPROCESSORS,
     LEAST_SPLIT,
@@ -41,6 +42,19 @@ def test_equals_the_reference(
     assert torch.equal(found.requests, wanted.requests)
     used = wanted.work[2] > 0
     assert torch.equal(found.work[2] > 0, used)
+    assert torch.equal(found.work[:, used], wanted.work[:, used])
+
+
+@pytest.mark.parametrize("window", [None, 65])
+def test_more_requests_than_are_counted_at_once(
+    window: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_splits_module, "REQUESTS", 4)
+    lens = torch.tensor([300 * i % 1700 for i in range(13)], device=device)
+    arguments = (lens, pool().to(device), tables(128).to(device), 1, window, 40)
+    found, wanted = decode_splits(*arguments), reference_decode_splits(*arguments)
+    assert torch.equal(found.requests, wanted.requests)
+    used = wanted.work[2] > 0
     assert torch.equal(found.work[:, used], wanted.work[:, used])
 
 
@@ -158,7 +172,7 @@ def test_tile(block_size: int, head_dim: int, dtype: torch.dtype, tile: int) -> 
         ({"lens": torch.zeros(2, dtype=torch.int32)}, "lens is int32; it must be int64"),
         ({"lens": torch.zeros(2, 1, dtype=torch.int64)}, r"lens is \[2, 1\]; it must be \[any\]"),
         ({"lens": torch.zeros(4, dtype=torch.int64)[::2]}, "lens has strides"),
-        ({"lens": torch.zeros(MOST_REQUESTS + 1, dtype=torch.int64)}, "lens has 8193 requests"),
+        ({"lens": torch.zeros(MOST_REQUESTS + 1, dtype=torch.int64)}, "lens has 32769 requests"),
         ({"lens": torch.zeros(2, dtype=torch.int64, device="meta")}, "lens is on meta"),
         ({"kv": pool().double()}, "kv is float64"),
         ({"kv": pool()[0]}, r"kv is \[64, 2, 2, 128\]"),

@@ -109,12 +109,11 @@ def test_tokens_are_the_reference_s(vocab: int, device: torch.device) -> None:
     assert drawn(logits.to(device), of) == expected_tokens(logits, of)
 
 
-@pytest.mark.parametrize(("any_top_k", "any_top_p"), [(False, False), (True, False), (False, True)])
-def test_what_no_row_asks_for_may_be_left_out(any_top_k: bool, any_top_p: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("given", [{}, {"top_k": 4}, {"top_p": 0.7}])
+def test_batches_that_ask_for_less_than_all(given: dict[str, float], device: torch.device) -> None:
     logits = torch.randn(6, 700, generator=torch.Generator().manual_seed(1))
-    of = parameters(6, device, top_k=4 if any_top_k else 0, top_p=0.7 if any_top_p else 1.0)
-    found = drawn(logits.to(device), of, any_top_k=any_top_k, any_top_p=any_top_p)
-    assert found == expected_tokens(logits, of)
+    of = parameters(6, device, **given)
+    assert drawn(logits.to(device), of, filtered=bool(given)) == expected_tokens(logits, of)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +155,7 @@ def test_frequencies_follow_the_distribution(device: torch.device) -> None:
     tokens, _ = sample_rows(
         logits.to(device).expand(count, -1),
         *parameters(count, device, temperature=0.8).values(),
-        any_top_k=False,
-        any_top_p=False,
+        filtered=False,
     )
     expected = torch.softmax(logits.double() / 0.8, -1) * count
     seen = torch.bincount(tokens.cpu(), minlength=vocab).double()
