@@ -20,6 +20,7 @@ from chiron_engine.model.spec import ModelSpec
 
 from .errors import OutOfMemory
 from .host_memory import available_bytes, keep_freed_memory
+from .kernel_variants import launch_all_variants
 from .kv_sizing import KvSizes, check_config, choose_block_size, default_cpu_pool, size_kv
 from .torch_executor import TorchExecutor
 from .trial_steps import run_largest_step, warm_up
@@ -61,6 +62,10 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
         report("warm up", 0.0)
         warm_up(executor)
         report("warm up", 1.0)
+        if compiles_at_launch(model, device):
+            report("compile kernels", 0.0)
+            launch_all_variants(executor)
+            report("compile kernels", 1.0)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise OutOfMemory(
@@ -73,6 +78,11 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
             f"loading {config.model}", _bytes_asked(error), available_bytes(), "lower kv_cache_memory"
         ) from error
     return executor, model.spec
+
+
+def compiles_at_launch(model: CausalLM, device: torch.device) -> bool:
+    """Whether kernels are compiled as they are first launched: Triton's, unless they are interpreted."""
+    return model.kernels is Kernels.TRITON and device.type == "cuda"
 
 
 def _bytes_asked(error: RuntimeError) -> int:

@@ -122,12 +122,25 @@ class KvTransfer:
             return rows
         return rows.pin_memory().to(self._device.device, non_blocking=True)
 
+    def launch_kernel(self) -> None:
+        """Have the kernel, where there is one, copy a block each way. Overwrites the first block of both
+        pools: only before use."""
+        if self._copy_blocks is None:
+            return
+        with self._own_device():
+            device, host = self._rows([BlockCopy(0, 0)])
+            self._copy_blocks(self._device, device, self._host, host)
+            self._copy_blocks(self._host, host, self._device, device)
+
     def measure(self, blocks: int = 16) -> TransferTimes:
         """Time copies of single scattered blocks. Overwrites blocks of both pools: only before use."""
-        # A kernel is launched on the current device, whatever its arguments lie on.
-        on_cuda = self._device.device.type == "cuda"
-        with torch.cuda.device(self._device.device) if on_cuda else contextlib.nullcontext():
+        with self._own_device():
             return self._measure(blocks)
+
+    def _own_device(self) -> contextlib.AbstractContextManager[object]:
+        """A kernel is launched on the current device, whatever its arguments lie on."""
+        on_cuda = self._device.device.type == "cuda"
+        return torch.cuda.device(self._device.device) if on_cuda else contextlib.nullcontext()
 
     def _measure(self, blocks: int) -> TransferTimes:
         count = min(blocks, self._device.shape[0], self._host.shape[0])

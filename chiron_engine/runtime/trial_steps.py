@@ -58,14 +58,17 @@ class TrialRequests:
     def _blocks(slot: int, width: int) -> list[int]:
         return list(range(slot * width, (slot + 1) * width))
 
-    def prefill(self, start: int = 0) -> float:
-        """Compute tokens [start, known) of every request in one step, as if the KV before them
-        were there, and sample; returns the step's seconds on the device."""
-        plan = StepPlan(0)
+    def prefill(self, start: int = 0, end: int | None = None, scored: int = 0) -> float:
+        """Compute tokens [start, end) of every request in one step, as if the KV before them were there, and
+        sample where that is all it knows, as without an end; returns the step's seconds on the device.
+        scored: how many of the tokens, the first, are to tell how likely those after them were."""
+        plan = StepPlan(0, chunk_requests=[j.request for j in self._joined])
         if not self._has_joined:
             plan.joined, self._has_joined = self._joined, True
-        count = self._known - start
-        plan.chunks = [Chunk(j.slot, start, count, samples=True) for j in self._joined]
+        end = self._known if end is None else end
+        plan.chunks = [
+            Chunk(j.slot, start, end - start, end == self._known, start, start + scored) for j in self._joined
+        ]
         return self._run(plan)
 
     def decode(self) -> float:

@@ -19,6 +19,9 @@ MULTIPROCESSORS = 132
 LEAST_SPLIT_KEYS = 512
 """Under this a split costs more to join than it saves."""
 
+LEAST_SHARED_KEYS = 2 * LEAST_SPLIT_KEYS
+"""From so many keys on a block may be split."""
+
 TENSOR_ALIGNMENT = 16
 """Bytes."""
 
