@@ -7,12 +7,12 @@ the batch, which only the device knows (`decode_splits`); here is what no length
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 
 from chiron_kernels.gpu.checks import check_device, check_shape
+from chiron_kernels.gpu.multiprocessors import multiprocessors
 from chiron_kernels.gpu.paged_kv import STORED, check_kv, check_tables
 
 MOST_QUERIES = 8
@@ -46,9 +46,6 @@ SHARES_OF_WAVES = 8 / 3
 requests. With one each, those after the first wave, a third of a wave at most, would have the device to
 themselves for as long as that wave took; halved, they are the third of three rounds of half the time. More
 than a third of a wave keep the memory busy enough. Reasoned, not timed."""
-
-ASSUMED_MULTIPROCESSORS = 132
-"""Of an H100 and an H200, where there is no GPU to ask."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,15 +140,8 @@ def most_tiles(table_width: int, block_size: int, tile: int, query_len: int, win
 def programs_per_head(batch: int, kv_heads: int, device: torch.device) -> int:
     """Programs for each key head among which a batch is best divided: those that the device holds at once, a
     wave, or SHARES_OF_WAVES of these. Where MOST_ROWS makes several programs of one, they are not counted."""
-    wave = max(_multiprocessors(device) * PROGRAMS_AT_ONCE // kv_heads, 1)
+    wave = max(multiprocessors(device) * PROGRAMS_AT_ONCE // kv_heads, 1)
     return wave if batch <= wave else round(wave * SHARES_OF_WAVES)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return ASSUMED_MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def most_splits(requests: int, tiles: int, programs: int) -> int:

@@ -33,6 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chiron_kernels.gpu.launch import HOPPER, Launch, target_architecture
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
+from chiron_kernels.gpu.multiprocessors import multiprocessors
 from chiron_kernels.gpu.prefill_plan import PrefillShape, check_arguments, check_out, choose_splits, tiling
 from chiron_kernels.gpu.query_blocks import QueryBlocks
 
@@ -399,7 +400,8 @@ def prefill_attention(
     inputs = (q, kv, tables, table_rows, query_starts, context_lens, blocks, scale)
     shape = check_arguments(*inputs, window, softcap, sinks, lse)
     if splits is None:
-        splits = choose_splits(shape, blocks.entries.shape[0], tables.shape[1], max_len, window)
+        capacity, width = blocks.entries.shape[0], tables.shape[1]
+        splits = choose_splits(shape, capacity, width, max_len, window, multiprocessors(q.device))
     if not 1 <= splits <= MOST_SPLITS:
         raise ValueError(f"splits is {splits}; it must be 1 to {MOST_SPLITS}")
     if out is None:

@@ -13,9 +13,6 @@ from chiron_kernels.gpu.merge_parts import MOST_SPLITS
 from chiron_kernels.gpu.paged_kv import check_kv, check_tables
 from chiron_kernels.gpu.query_blocks import QueryBlocks
 
-MULTIPROCESSORS = 132
-"""Of an H100 and H200; with another number the splits are as right, and fill that GPU less well."""
-
 LEAST_SPLIT_KEYS = 512
 """Under this a split costs more to join than it saves."""
 
@@ -78,10 +75,15 @@ def aligned_for_tensor_copies(kv: torch.Tensor) -> bool:
 
 
 def choose_splits(
-    shape: PrefillShape, blocks: int, table_width: int, max_len: int | None, window: int | None
+    shape: PrefillShape,
+    blocks: int,
+    table_width: int,
+    max_len: int | None,
+    window: int | None,
+    multiprocessors: int,
 ) -> int:
-    """Programs that share the keys of a block: more than one where the blocks alone would leave the GPU idle
-    and there are keys to share. blocks: the most there may be."""
+    """Programs that share the keys of a block: more than one where the blocks alone would leave some of the
+    GPU's multiprocessors idle and there are keys to share. blocks: the most there may be."""
     if max_len is not None and max_len < 0:
         raise ValueError(f"max_len is {max_len}; it must be 0 or more")
     keys = table_width * shape.block_size
@@ -90,7 +92,7 @@ def choose_splits(
     if window is not None:
         keys = min(keys, window)
     programs = max(blocks * shape.kv_heads, 1)
-    return max(1, min(MULTIPROCESSORS // programs, keys // LEAST_SPLIT_KEYS, MOST_SPLITS))
+    return max(1, min(multiprocessors // programs, keys // LEAST_SPLIT_KEYS, MOST_SPLITS))
 
 
 def check_out(q: torch.Tensor, out: torch.Tensor, sums: torch.Tensor | None) -> None:

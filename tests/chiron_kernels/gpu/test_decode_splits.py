@@ -9,7 +9,6 @@ import pytest
 import torch
 from chiron_kernels.gpu import decode_splits as decode_splits_module
 from chiron_kernels.gpu.decode_plan import (
-    ASSUMED_MULTIPROCESSORS,
     LEAST_SPLIT,
     PROGRAMS_AT_ONCE,
     DecodeSplits,
@@ -17,6 +16,7 @@ from chiron_kernels.gpu.decode_plan import (
     tile_keys,
 )
 from chiron_kernels.gpu.decode_splits import MOST_REQUESTS, decode_splits
+from chiron_kernels.gpu.multiprocessors import ASSUMED_MULTIPROCESSORS
 from chiron_kernels.reference.decode_splits import decode_splits as reference_decode_splits
 
 TILE = 64

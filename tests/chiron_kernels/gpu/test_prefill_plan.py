@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from chiron_kernels.gpu.multiprocessors import multiprocessors
 from chiron_kernels.gpu.prefill_plan import (
     LEAST_SPLIT_KEYS,
     PrefillShape,
@@ -33,7 +36,28 @@ def shape(head_dim: int = 128, block_size: int = 64) -> PrefillShape:
 def test_few_blocks_share_their_keys(
     blocks: int, max_len: int | None, window: int | None, splits: int
 ) -> None:
-    assert choose_splits(shape(), blocks, 2048, max_len, window) == splits
+    assert choose_splits(shape(), blocks, 2048, max_len, window, 132) == splits
+
+
+@pytest.mark.parametrize(("available", "splits"), [(46, 5), (108, 13), (132, 16), (148, 16)])
+def test_a_smaller_gpu_gets_fewer_splits(available: int, splits: int) -> None:
+    assert choose_splits(shape(), 1, 2048, 32768, None, available) == splits
+
+
+def test_multiprocessors_are_asked_of_each_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        asked.append(device)
+        return SimpleNamespace(multi_processor_count=100 + device.index)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    multiprocessors.cache_clear()
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    counts = [multiprocessors(device) for device in (first, second, first)]
+    multiprocessors.cache_clear()
+    assert counts == [100, 101, 100] and asked == [first, second]
+    assert multiprocessors(torch.device("cpu")) == multiprocessors(torch.device("meta")) == 132
 
 
 @pytest.mark.parametrize(
