@@ -10,4 +10,7 @@ captured in a CUDA graph. Numbers that change from step to step, and the alignme
 depends on such a number, are kept out of Triton's specialisation (`do_not_specialize`): each new one would
 compile the kernel again while requests wait. As a `Launch` of tensors on torch's `meta` device compiles like
 any other, what the compile gate compiles ahead of time is what the engine runs.
+
+All tensors of a call lie on one GPU, which need not be the current one. The GPUs of a process are taken to be
+alike.
 """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from triton.runtime.driver import driver
 
@@ -15,11 +17,16 @@ HOPPER = 90
 
 
 def target_architecture() -> int:
-    """Compute capability of the GPU that kernels are for, times 10: 80, 90, 100. The interpreter can do what
-    Hopper can."""
+    """Compute capability of the GPU that kernels are for, times 10: 80, 90, 100. That is the current one: a
+    process takes all its GPUs to be alike. The interpreter can do what Hopper can."""
     if triton.knobs.runtime.interpret:
         return HOPPER
     return int(driver.active.get_current_target().arch)
+
+
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.is_available() and torch.cuda.device_count() > 1
 
 
 @dataclass(slots=True, eq=False)
@@ -37,14 +44,25 @@ class Launch:
     max_registers: int | None = None
 
     def run(self) -> None:
-        """Queue the kernel on the current stream. A grid without programs queues nothing."""
+        """Queue the kernel on the current stream of the GPU that the arguments lie on, current or not: a
+        kernel launched on another one would not find them. A grid without programs queues nothing."""
         if 0 in self.grid:
             return
-        self.kernel[self.grid](**self.arguments, **self._options())
+        gpu = self._gpu() if _several_gpus() else None
+        if gpu is None or gpu == torch.cuda.current_device():
+            self.kernel[self.grid](**self.arguments, **self._options())
+            return
+        with torch.cuda.device(gpu):
+            self.kernel[self.grid](**self.arguments, **self._options())
 
     def compile(self) -> Any:
         """The compiled kernel for the current target, not launched."""
         return self.kernel.warmup(grid=self.grid, **self.arguments, **self._options())
+
+    def _gpu(self) -> int | None:
+        """The number of the GPU with the arguments, some of which may be in pinned memory of the host."""
+        tensors = (each for each in self.arguments.values() if isinstance(each, torch.Tensor))
+        return next((each.device.index for each in tensors if each.is_cuda), None)
 
     def _options(self) -> dict[str, int | None]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
