@@ -22,6 +22,7 @@ from .errors import OutOfMemory
 from .host_memory import available_bytes, keep_freed_memory
 from .kernel_variants import launch_all_variants
 from .kv_sizing import KvSizes, check_config, choose_block_size, default_cpu_pool, size_kv
+from .logit_adjustments import penalty_bytes
 from .torch_executor import TorchExecutor
 from .trial_steps import run_largest_step, warm_up
 
@@ -193,9 +194,10 @@ def _check_swap_space(swap: int, available: int) -> None:
 
 def _cuda_pool_bytes(config: EngineConfig, block_size: int, model: CausalLM, device: torch.device) -> int:
     """What `gpu_memory_utilization` of the device leaves beside everything on it now, the largest
-    step, and what torch's attention gathers where it is in use."""
+    step, penalties of all requests, and what torch's attention gathers where it is in use."""
     gathers = model.kernels is Kernels.TORCH
     step_bytes = _largest_step_bytes(config, block_size, model, device)
+    step_bytes += penalty_bytes(config.max_num_seqs, _longest(config, model), model.kernels)
     if gathers:
         step_bytes += _mask_bytes(config, model)
     free, total = torch.cuda.mem_get_info(device)
@@ -209,25 +211,31 @@ def _cuda_pool_bytes(config: EngineConfig, block_size: int, model: CausalLM, dev
     return int(max(left, 0) / (1 + gathered))
 
 
+def _longest(config: EngineConfig, model: CausalLM) -> int:
+    """Tokens of the longest context there may be, whatever fits the pool."""
+    return min(config.max_model_len or model.spec.max_model_len, model.spec.max_model_len)
+
+
 def _mask_bytes(config: EngineConfig, model: CausalLM) -> int:
     """What the torch attention backend's mask takes for the largest chunk at the end of the longest
     context: an additive mask and two of truth values."""
-    longest = min(config.max_model_len or model.spec.max_model_len, model.spec.max_model_len)
+    longest = _longest(config, model)
     return min(config.max_num_batched_tokens, longest) * longest * (model.precision.compute.itemsize + 2)
 
 
 def _largest_step_bytes(config: EngineConfig, block_size: int, model: CausalLM, device: torch.device) -> int:
-    """Peak of a full step over what stands before it, by running one on a pool of its own."""
+    """Peak of a full step, with what the executor keeps of its slots, by running one on a pool of its own,
+    which does not count."""
     tokens = max(config.max_num_batched_tokens // config.max_num_seqs, 1) + 1
     blocks = -(-tokens // block_size) * config.max_num_seqs
-    sizes = KvSizes(blocks, 0, model.spec.max_model_len, block_size)
+    sizes = KvSizes(blocks, 0, _longest(config, model), block_size)
+    before = torch.cuda.memory_allocated(device)
     trial = make_executor(config, model, sizes, device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
     run_largest_step(trial)
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device) - before - trial.device_pool.storage.nbytes
     trial.close()
     del trial
     torch.cuda.empty_cache()

@@ -23,6 +23,8 @@ from .uploads import IntArray, upload_array
 FOR_EVER = np.iinfo(np.int64).max
 """Above every position: a bias does not end."""
 
+HISTORY_DTYPE = torch.int32
+
 
 @dataclass(slots=True)
 class _Adjusted:
@@ -112,6 +114,13 @@ def _module_of(kernels: Kernels) -> ModuleType:
     return penalties
 
 
+def penalty_bytes(slots: int, longest: int, kernels: Kernels) -> int:
+    """What penalties take on the device at most, with contexts of up to `longest` tokens in all slots: the
+    tokens of each and, as Triton's kernel runs, their logits. Torch's temporaries are not in it."""
+    logits = torch.float32.itemsize if kernels is Kernels.TRITON else 0
+    return slots * longest * (HISTORY_DTYPE.itemsize + logits)
+
+
 class AdjustmentTable:
     """What the request in each slot asks for, and the tokens of those with penalties."""
 
@@ -167,7 +176,7 @@ class AdjustmentTable:
 
     def _keep(self, slot: int, tokens: IntArray) -> None:
         if self._history is None:
-            self._history = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+            self._history = torch.zeros(self._shape, dtype=HISTORY_DTYPE, device=self._device)
         self._history[slot, : len(tokens)] = upload_array(tokens.astype(np.int32), self._device)
 
     def _entries(self, found: list[tuple[int, _Adjusted]]) -> _Entries | None:

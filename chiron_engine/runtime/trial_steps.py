@@ -6,13 +6,19 @@ an executor not yet in use.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+
+import numpy as np
+import torch
 
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.plan import Chunk, DecodeBatch, Joined, StepPlan
+from chiron_engine.policy.iteration.prefills import SCORED_TOKENS
 from chiron_engine.policy.iteration.request import Request
-from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
+from chiron_engine.policy.iteration.sampling_params import GREEDY, MAX_LOGPROBS, SamplingParams
 from chiron_engine.policy.iteration.step_costs import StepCosts
 
+from .guides import WORD_BITS, forbid
 from .torch_executor import TorchExecutor
 
 WARM_UP_TOKENS = 32
@@ -26,6 +32,10 @@ DECODED = 2
 LEAST_TOKENS = SHORT_CONTEXT + DECODED
 # Exercises every stage of the sampler.
 SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.9)
+# Logits are changed, and wanted as they were as well.
+LARGEST = replace(
+    SAMPLED, logit_bias={0: 1.0}, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS, min_p=0.05
+)
 
 
 class TrialRequests:
@@ -98,14 +108,19 @@ def warm_up(executor: TorchExecutor) -> None:
 
 
 def run_largest_step(executor: TorchExecutor) -> None:
-    """The step that needs most memory besides attention over long contexts: as many tokens as fit,
-    in as many requests, all sampled with every filter."""
+    """The steps that need most memory besides attention over long contexts, and penalties for them: as many
+    tokens as fit, in as many requests, all sampled with every filter and scored; one more token for each; and
+    a guide for every row."""
     shape = executor.shape
     count = shape.max_slots
     known = max(min(shape.max_step_tokens // count, shape.max_model_len - 1), 1)
-    trial = TrialRequests(executor, count, known, 1, SAMPLED)
-    trial.prefill()
+    trial = TrialRequests(executor, count, known, 1, LARGEST)
+    trial.prefill(scored=min(known - 1, -(-SCORED_TOKENS // count)))
+    trial.decode()
     trial.leave()
+    logits = torch.zeros(count, shape.vocab_size, device=executor.device)
+    masks = np.zeros((count, -(-shape.vocab_size // WORD_BITS)), np.int32)
+    forbid(logits, None, masks, executor.model.kernels)
 
 
 def measure_swap_costs(executor: TorchExecutor, costs: StepCosts | None = None) -> SwapCosts:

@@ -18,14 +18,20 @@ from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.loader import default_precision
 from chiron_engine.model.precision import BFLOAT16, FLOAT32, INT8
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
+from chiron_engine.policy.iteration.prefills import SCORED_TOKENS
 from chiron_engine.policy.iteration.request import Request, Slo, SloClass
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
 from chiron_engine.policy.iteration.step_costs import StepCosts
-from chiron_engine.runtime import build
+from chiron_engine.runtime import build, trial_steps
 from chiron_engine.runtime.build import build_executor, named_precision, resolve_device
 from chiron_engine.runtime.errors import OutOfMemory
 from chiron_engine.runtime.torch_executor import TorchExecutor
-from chiron_engine.runtime.trial_steps import TrialRequests, measure_step_costs, measure_swap_costs
+from chiron_engine.runtime.trial_steps import (
+    TrialRequests,
+    measure_step_costs,
+    measure_swap_costs,
+    run_largest_step,
+)
 from scripts.gpu_suite.random_llama import write_random_llama
 
 SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9)
@@ -147,6 +153,29 @@ def test_step_costs_are_timed_on_engines_of_any_size(config: EngineConfig, sizes
     executor.close()
 
 
+@pytest.mark.parametrize("sizes", [{}, {"max_num_seqs": 1}, {"max_num_seqs": 5, "max_num_batched_tokens": 5}])
+def test_the_largest_step_has_every_row_sampled_scored_and_guided(
+    config: EngineConfig, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, _ = build_executor(replace(config, **sizes))
+    slots, tokens = executor.shape.max_slots, executor.shape.max_step_tokens
+    forward, passes, guided = executor.model.forward, [], []
+
+    def note_forward(input_ids, positions, batch, pool, rows):
+        passes.append((len(input_ids), len(rows)))
+        return forward(input_ids, positions, batch, pool, rows)
+
+    monkeypatch.setattr(executor.model, "forward", note_forward)
+    monkeypatch.setattr(
+        trial_steps, "forbid", lambda logits, rows, masks, kernels: guided.append(logits.shape)
+    )
+    run_largest_step(executor)
+    prompt = min(tokens // slots, 511) * slots
+    assert passes == [(prompt, slots + min(SCORED_TOKENS, prompt - slots)), (slots, slots)]
+    assert guided == [(slots, 512)]
+    executor.close()
+
+
 def test_trial_requests_that_do_not_fit_are_refused(executor: TorchExecutor) -> None:
     with pytest.raises(ValueError, match="9 slots"):
         TrialRequests(executor, 9, 4, 1)
@@ -224,8 +253,9 @@ def test_without_what_int8_needs_it_is_refused_and_not_the_default(
 def test_a_cuda_pool_leaves_room_for_steps_and_what_else_is_there(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The arithmetic, with a pretended device: 1 GiB in use out of 10, a step of 64 MiB. Only torch's
-    attention gathers and masks."""
+    """The arithmetic, with a pretended device: 1 GiB in use out of 10, a step of 64 MiB, of which the trial's
+    own pool is 40 blocks. Only torch's attention gathers and masks, only Triton's penalties put logits down
+    beside the tokens of all slots."""
     cpu = torch.device("cpu")
     gib = 1 << 30
     model = build_executor(config)[0].model
@@ -240,9 +270,12 @@ def test_a_cuda_pool_leaves_room_for_steps_and_what_else_is_there(
         monkeypatch.setattr(torch.cuda, name, value)
     config = replace(config, kv_cache_memory=None, gpu_memory_utilization=0.5)
     masks = 512 * 512 * 6
-    left = 5 * gib - gib - (64 << 20) - build.CUDA_RESERVE
+    history = 8 * 512 * 4
+    left = 5 * gib - gib - (64 << 20) + 40 * 8192 - history - build.CUDA_RESERVE
     model.kernels = Kernels.TRITON
-    assert build._cuda_pool_bytes(config, 16, model, cpu) == left
+    assert build._cuda_pool_bytes(config, 16, model, cpu) == left - history
+    short = replace(config, max_model_len=100)
+    assert build._cuda_pool_bytes(short, 16, model, cpu) == left + history - 2 * 8 * 100 * 4
     model.kernels = Kernels.TORCH
     pool = build._cuda_pool_bytes(config, 16, model, cpu)
     assert pool == int((left - masks) / (1 + build.GATHERED_LAYERS / 2))

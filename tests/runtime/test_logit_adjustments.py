@@ -7,8 +7,10 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from chiron_kernels.gpu import penalties
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,13 +23,14 @@ from transformers.generation.logits_process import (
 
 from chiron_engine.core.clocks import VirtualClock
 from chiron_engine.core.engine_core import EngineCore
+from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.policy.iteration.kv_tiers import SwapCosts
 from chiron_engine.policy.iteration.limits import Limits
 from chiron_engine.policy.iteration.plan import TokenLogprobs
 from chiron_engine.policy.iteration.request import FinishReason, Request
 from chiron_engine.policy.iteration.sampling_params import SamplingParams
-from chiron_engine.runtime.logit_adjustments import AdjustmentTable
+from chiron_engine.runtime.logit_adjustments import AdjustmentTable, penalty_bytes
 from chiron_engine.runtime.sampler import SamplingTable, sample
 from chiron_engine.runtime.torch_executor import TorchExecutor
 from tests.runtime.tiny_causal_lm import CONTEXT, VOCAB, TinyCausalLM
@@ -262,3 +265,29 @@ def check_tokens(model: TinyCausalLM, request: Request, output: list[int]) -> in
             assert request.sampling.temperature or float(logits[expected] - logits[token]) < NEAR_TIE
             near_ties += 1
     return near_ties
+
+
+def test_memory_for_penalties_is_what_they_allocate() -> None:
+    """With all slots at the longest context."""
+    slots, longest = 3, 40
+    table = AdjustmentTable(slots, longest, CPU)
+    tokens = np.arange(longest - 1)
+    for slot in range(slots):
+        table.set(slot, Request(slot, tokens.tolist(), SamplingParams(presence_penalty=0.5), 1), tokens)
+    found = table.rows(np.arange(slots), slots)
+    assert found is not None and found.history is not None and found.penalties is not None
+    assert found.history.nbytes == penalty_bytes(slots, longest, Kernels.TORCH)
+    of = found.penalties
+    launch = penalties.penalise_launch(
+        torch.zeros(slots, 50),
+        found.history,
+        torch.full((slots,), longest),
+        of.rows,
+        of.slots,
+        of.output_from,
+        of.repetition,
+        of.frequency,
+        of.presence,
+    )
+    taken = found.history.nbytes + launch.arguments["room"].nbytes
+    assert taken == penalty_bytes(slots, longest, Kernels.TRITON)
