@@ -20,6 +20,7 @@ from chiron_engine.model.spec import ModelSpec
 
 from .errors import OutOfMemory
 from .host_memory import available_bytes, keep_freed_memory
+from .kernel_limits import check_capacities, check_model
 from .kernel_variants import launch_all_variants
 from .kv_sizing import KvSizes, check_config, choose_block_size, default_cpu_pool, size_kv
 from .logit_adjustments import penalty_bytes
@@ -53,12 +54,14 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
         )
     precision = named_precision(config.dtype, device)
     kernels = named_kernels(config.kernels, device)
+    check_capacities(config, kernels)
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     if device.type == "cpu":
         keep_freed_memory()
     try:
         path = resolve_model(config.model, progress)
         model = _load(path, precision or default_precision(path, device, kernels), device, kernels, report)
+        check_model(model.spec, model.kernels)
         executor = _with_pools(config, model, device, report)
         report("warm up", 0.0)
         warm_up(executor)

@@ -79,11 +79,11 @@ def _decode_splits(
 ):
     """One program for each request: it finds the splits of all, which is quick, and writes its own."""
     request = tl.program_id(0)
-    total = tl.zeros((), tl.int32)
+    total = tl.zeros((), tl.int64)
     for base in range(0, batch, REQUESTS):
         _, tiles = _tiles(lens, base, batch, table_keys, window, QUERY_LEN, WINDOWED, TILE, REQUESTS)
-        total += tl.sum(tiles, axis=0)
-    length = tl.maximum(tl.cdiv(total, programs), LEAST)
+        total += tl.sum(tiles.to(tl.int64), axis=0)
+    length = tl.maximum(tl.cdiv(total, programs), LEAST).to(tl.int32)
 
     start = tl.zeros((), tl.int32)
     own_first = tl.zeros((), tl.int32)
