@@ -1,7 +1,7 @@
 """Steps run before the first request so that Triton compiles nothing once requests wait.
 
-Triton compiles a kernel anew for each set of constants, and each takes as long as hundreds of steps. Most
-depend on the model alone, and any step meets them. These depend on the step:
+Triton compiles a kernel anew for each set of constants, which takes far longer than a step. Most constants
+follow from the model alone, and any step meets them. These depend on the step:
 
     rows of a tile of prefill attention         tokens of its chunks
     prefill attention in splits or not          the longest context
