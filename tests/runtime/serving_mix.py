@@ -1,5 +1,5 @@
 """Requests of every kind that an engine may be asked for, through its core: short and long prompts, alone and
-in batches up to the largest, with every parameter, preempted and resumed."""
+in batches up to the largest, with every parameter, beginning alike or not, preempted and resumed."""
 
 from __future__ import annotations
 
@@ -66,6 +66,9 @@ class ServingMix:
         self._number += 1
         shape = self._core.shape
         tokens = [self._random.randrange(shape.vocab_size) for _ in range(length)]
+        if self._random.random() < 0.5:
+            alike = self._random.randrange(length)
+            tokens[:alike] = [number % shape.vocab_size for number in range(alike)]
         self._core.add(
             build_request(
                 self._number,

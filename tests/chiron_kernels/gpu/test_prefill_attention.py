@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chiron_kernels.gpu import prefill_attention as prefill_module
+from chiron_kernels.gpu.launch import Launch
 from chiron_kernels.gpu.prefill_attention import prefill_attention, prefill_attention_launch
 
 from tests.chiron_kernels.gpu.prefill_steps import TOLERANCE, check, far_pool, step
@@ -93,6 +95,18 @@ def test_splits(splits: int, dtype: torch.dtype, device: torch.device) -> None:
     split = check(given, splits=splits)
     whole = check(given, splits=1)
     assert (split - whole).norm() <= TOLERANCE[dtype] * whole.norm()
+
+
+def test_no_more_splits_than_the_gpu_has_multiprocessors(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, grids = step([(4, 1500)], device, heads=(2, 1)).arguments(16), []
+    monkeypatch.setattr(Launch, "run", lambda launch: grids.append(launch.grid))
+    for available, splits in ((132, 2), (1, 1)):
+        monkeypatch.setattr(prefill_module, "multiprocessors", lambda device, count=available: count)
+        prefill_attention(**given)
+        assert grids[0][2] == splits
+        grids.clear()
 
 
 def test_large_scores(device: torch.device) -> None:
