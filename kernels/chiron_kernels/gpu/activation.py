@@ -80,7 +80,7 @@ def gated_activation_launch(gate_up: torch.Tensor, kind: Activation, out: torch.
     return Launch(
         _gated_activation,
         # Rows first: the first axis of a grid is the one that may be long.
-        (rows, triton.cdiv(width, tile)),
+        (rows, -(-width // tile)),
         {"gate_up": gate_up, "out": out, "width": width, "KIND": kind, "TILE": tile},
         num_warps=NUM_WARPS,
         num_stages=1,

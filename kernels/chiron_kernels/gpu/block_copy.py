@@ -96,7 +96,7 @@ def copy_blocks_launch(
     words = from_words.shape[1]
     return Launch(
         _copy_blocks,
-        (count, triton.cdiv(words, PIECE_WORDS)),
+        (count, -(-words // PIECE_WORDS)),
         {
             "source": from_words,
             "source_rows": rows if source_rows is None else source_rows,

@@ -15,12 +15,18 @@ FLOATS = (*HALVES, torch.float32)
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """None stands for any size."""
-    fits = tensor.dim() == len(shape) and all(
-        wanted is None or size == wanted for size, wanted in zip(tensor.shape, shape, strict=True)
+    # A step checks a thousand shapes: most are known whole, and compared at once.
+    found = tensor.shape
+    if found == shape or (None in shape and _fits(found, shape)):
+        return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name} is {list(found)}; it must be [{wanted}]")
+
+
+def _fits(found: torch.Size, shape: tuple[int | None, ...]) -> bool:
+    return len(found) == len(shape) and all(
+        wanted is None or size == wanted for size, wanted in zip(found, shape, strict=True)
     )
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} is {list(tensor.shape)}; it must be [{wanted}]")
 
 
 def check_dtype(name: str, tensor: torch.Tensor, allowed: Collection[torch.dtype]) -> None:
@@ -31,9 +37,10 @@ def check_dtype(name: str, tensor: torch.Tensor, allowed: Collection[torch.dtype
 
 def check_device(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
     """All where `like` is."""
+    device = like.device
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != like.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on {like.device}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on {device}")
 
 
 def check_last_dense(name: str, tensor: torch.Tensor) -> None:

@@ -51,8 +51,8 @@ import triton.language as tl
 from chiron_kernels.gpu.base_two import LN_2, LOG2_E, LOWEST
 from chiron_kernels.gpu.checks import check_shape
 from chiron_kernels.gpu.decode_checks import check_decode, check_results
-from chiron_kernels.gpu.decode_plan import DecodeSplits, power_of_two_from
-from chiron_kernels.gpu.launch import Launch, target_architecture
+from chiron_kernels.gpu.decode_plan import DecodeSplits
+from chiron_kernels.gpu.launch import Launch, power_of_two_from, target_architecture
 from chiron_kernels.gpu.merge_splits import merge_splits_launch
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.pool_tiles import inside_tile, load_tile, look_up, tile_descriptor, tile_loads

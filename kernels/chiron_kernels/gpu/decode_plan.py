@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from chiron_kernels.gpu.checks import check_device, check_shape
+from chiron_kernels.gpu.launch import power_of_two_from
 from chiron_kernels.gpu.multiprocessors import multiprocessors
 from chiron_kernels.gpu.paged_kv import STORED, check_kv, check_tables
 
@@ -113,11 +114,6 @@ def empty_splits(
         query_len=query_len,
         window=window,
     )
-
-
-def power_of_two_from(size: int) -> int:
-    """The least power of two that is no less than size, 1 or more."""
-    return 1 << (size - 1).bit_length()
 
 
 def tile_keys(block_size: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from chiron_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_last_dense, check_shape
-from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu.launch import Launch, power_of_two_from
 
 NUM_WARPS = 4
 PROGRAM_BYTES = NUM_WARPS * 32 * 2 * 16
@@ -115,11 +115,11 @@ def kv_write_launch(
     check_pool("kv", kv, kv_heads, dim, k)
     check_places(k, write_blocks, write_offsets)
     check_slots(rows, kv_heads)
-    tile = triton.next_power_of_2(dim)
+    tile = power_of_two_from(dim)
     slots = max(PROGRAM_BYTES // (2 * tile * k.dtype.itemsize), 1)
     return Launch(
         _kv_write,
-        (triton.cdiv(rows * kv_heads, slots),),
+        (-(-rows * kv_heads // slots),),
         {
             "k": k,
             "v": v,

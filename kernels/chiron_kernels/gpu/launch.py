@@ -21,7 +21,18 @@ def target_architecture() -> int:
     process takes all its GPUs to be alike. The interpreter can do what Hopper can."""
     if triton.knobs.runtime.interpret:
         return HOPPER
-    return int(driver.active.get_current_target().arch)
+    return _architecture(driver.active, driver.active.get_current_device())
+
+
+@functools.cache
+def _architecture(active: Any, device: int) -> int:
+    """Of the device that is current. Asked once: the driver takes longer to answer than a launch may."""
+    return int(active.get_current_target().arch)
+
+
+def power_of_two_from(size: int) -> int:
+    """The least power of two that is no less than size, 1 or more."""
+    return 1 << (size - 1).bit_length()
 
 
 @functools.cache

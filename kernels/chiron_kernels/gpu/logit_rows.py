@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from chiron_kernels.gpu.checks import check_dtype, check_last_dense, check_shape
-from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu.launch import Launch, power_of_two_from
 
 RACE_BLOCK = tl.constexpr(256)
 LARGEST_FINITE = tl.constexpr(3.4028234663852886e38)
@@ -87,12 +87,12 @@ def tile_of_blocks(rows: int) -> tuple[int, int]:
 
 
 def number_of_blocks(vocab: int) -> int:
-    return triton.cdiv(vocab, RACE_BLOCK.value)
+    return -(-vocab // RACE_BLOCK.value)
 
 
 def padded_blocks(vocab: int) -> int:
     """The power of two from the number of blocks up: what one program of a row holds."""
-    return triton.next_power_of_2(number_of_blocks(vocab))
+    return power_of_two_from(number_of_blocks(vocab))
 
 
 def check_logits(logits: torch.Tensor) -> None:
@@ -111,7 +111,7 @@ def block_maxima_launch(logits: torch.Tensor, maxima: torch.Tensor) -> Launch:
     tile, warps = tile_of_blocks(rows)
     return Launch(
         _block_maxima,
-        (rows, triton.cdiv(blocks, tile)),
+        (rows, -(-blocks // tile)),
         {
             "logits": logits,
             "stride": logits.stride(0),

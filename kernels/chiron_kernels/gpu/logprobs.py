@@ -172,7 +172,7 @@ def token_logprobs_launches(
     tile, warps = tile_of_blocks(count)
     summarise = Launch(
         _block_summaries,
-        (count, triton.cdiv(blocks, tile)),
+        (count, -(-blocks // tile)),
         {**summaries, "TILE": tile},
         num_warps=warps,
         num_stages=1,

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from chiron_kernels.gpu.base_two import LN_2
 from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
-from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu.launch import Launch, power_of_two_from
 
 MOST_SPLITS = 16
 """One program has room for so many parts of a row, there or not: the rest is not read, and one kernel serves
@@ -85,7 +85,7 @@ def merge_parts_launch(
         raise ValueError(f"partial is {list(partial.shape)}; it must have 1 to {MOST_SPLITS} parts")
     if query_starts.shape[0] < 1:
         raise ValueError("query_starts is [0]; it must hold 0 at least")
-    dim = triton.next_power_of_2(head_dim)
+    dim = power_of_two_from(head_dim)
     return Launch(
         _merge_parts,
         (tokens, heads),

@@ -16,8 +16,8 @@ import triton.language as tl
 
 from chiron_kernels.gpu.base_two import LN_2, LOWEST
 from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
-from chiron_kernels.gpu.decode_plan import DecodeSplits, power_of_two_from
-from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu.decode_plan import DecodeSplits
+from chiron_kernels.gpu.launch import Launch, power_of_two_from
 
 STEP_BYTES = 8192
 """Of partial values that one step of the loop reads: 16 registers of each thread."""

@@ -16,8 +16,7 @@ import triton.language as tl
 
 from chiron_kernels.gpu.base_two import LOG2_E, LOWEST
 from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
-from chiron_kernels.gpu.decode_plan import power_of_two_from
-from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu.launch import Launch, power_of_two_from
 
 TILE_ELEMENTS = 2048
 """Values of a program: for each thread 2 loads of 16 bytes from either part."""

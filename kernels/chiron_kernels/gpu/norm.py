@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
-from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu.launch import Launch, power_of_two_from
 
 WIDEST = 16384
 """Elements of a row that still fit the registers of one program."""
@@ -55,7 +55,7 @@ def _add_rms_norm(
 
 def _shape(width: int, itemsize: int) -> tuple[int, int, int]:
     """Rows of a program, elements of its tile along a row, and warps."""
-    tile = triton.next_power_of_2(width)
+    tile = power_of_two_from(width)
     if tile * itemsize <= SHORT_BYTES:
         num_warps = 4
         return num_warps * SHORT_BYTES // (tile * itemsize), tile, num_warps
@@ -92,7 +92,7 @@ def add_rms_norm_launch(
     rows_of_program, tile, num_warps = _shape(width, x.dtype.itemsize)
     return Launch(
         _add_rms_norm,
-        (triton.cdiv(rows, rows_of_program),),
+        (-(-rows // rows_of_program),),
         {
             "x": x,
             "delta": x if delta is None else delta,

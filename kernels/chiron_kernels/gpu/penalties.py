@@ -161,7 +161,7 @@ def adjust_launch(
     )
     return Launch(
         _adjust,
-        (triton.cdiv(entries, ENTRIES_TILE),),
+        (-(-entries // ENTRIES_TILE),),
         {
             "logits": logits,
             "stride": logits.stride(0),

@@ -38,7 +38,7 @@ from chiron_kernels.gpu.kv_write import (
     check_slots,
     token_start,
 )
-from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu.launch import Launch, power_of_two_from
 
 SMALLEST_PART_BYTES = 16
 """One load of a thread, however little of a head turns."""
@@ -245,12 +245,12 @@ def rope_kv_write_launch(
     check_contiguous("q", q)
     check_device(qkv, q=q)
     itemsize = qkv.dtype.itemsize
-    part = max(triton.next_power_of_2(rotary // 2), SMALLEST_PART_BYTES // itemsize)
+    part = max(power_of_two_from(rotary // 2), SMALLEST_PART_BYTES // itemsize)
     # 16 bytes a thread of the low part, and 16 of the high one.
     slots = max(PROGRAM_BYTES // (2 * part * itemsize), 1)
     return Launch(
         _rope_kv_write,
-        (triton.cdiv(rows * heads, slots) + 2 * triton.cdiv(rows * kv_heads, slots),),
+        (-(-rows * heads // slots) + 2 * -(-rows * kv_heads // slots),),
         {
             "qkv": qkv,
             "cos": cos,

@@ -70,7 +70,7 @@ def slot_mapping_launch(
         raise ValueError(f"block_size is {block_size}; it must be 1 or more")
     return Launch(
         _slot_mapping,
-        (triton.cdiv(rows, TILE),),
+        (-(-rows // TILE),),
         {
             "positions": positions,
             "row_of": row_of,
