@@ -33,6 +33,7 @@ class EngineConfig:
     max_queued_requests, max_queued_tokens: bounds of the waiting queue.
     num_speculative_tokens: tokens of one request that are guessed from its text for one step, at most; 0
     guesses none. Only where one step is under way at a time, as on the CPU.
+    enforce_eager: launch the kernels of decode steps one by one; else CUDA graphs of them are replayed.
     step_log: a file that gets one JSON line per step; None writes none.
     record_steps: a folder that gets a file to replay every plan from; None writes none.
     local_autoscaler: what resizes the running batch, by name; it keeps the inter-token latencies
@@ -60,6 +61,7 @@ class EngineConfig:
     max_queued_tokens: int = 1 << 20
     enable_prefix_caching: bool = True
     num_speculative_tokens: int = 0
+    enforce_eager: bool = False
     step_log: str | None = None
     record_steps: str | None = None
     local_autoscaler: str = "adaptive"

@@ -90,6 +90,7 @@ ENGINE_OPTIONS = dict(
             min=0,
             max=MOST_GUESSES,
         ),
+        _entry("enforce_eager", "--enforce-eager", bool, "Use no CUDA graphs for decode steps."),
         _entry("seed", "--seed", int, "Where the seeds of unseeded requests start.", min=0),
         _entry("threads", "--threads", int | None, "CPU compute threads (all cores).", min=1),
         _entry("max_queued_requests", "--max-num-queued-reqs", int, "Requests that may wait.", min=1),

@@ -118,6 +118,7 @@ class HuggingFaceModel:
         packed = PackedModel(_load(path, precision.compute, device), backend_for(kernels, device))
         report("load weights", 1.0)
         self.precision, self.kernels = precision, kernels
+        self.capturable = False  # what a family's own code launches is not known
         self._packed = packed
         self.spec = ModelSpec(
             name=model_name(path),

@@ -21,11 +21,17 @@ from chiron_engine.model.spec import ModelSpec
 
 
 class CausalLM(Protocol):
-    """A decoder over packed rows and paged KV."""
+    """A decoder over packed rows and paged KV.
+
+    capturable: over rows that only decode, what `forward` launches depends on how many there are, and on
+    nothing that only the device knows or that changes from step to step, so that a CUDA graph of it serves
+    all steps of that size; and a row of length 0 is padding (see `runtime.decode_graphs`).
+    """
 
     spec: ModelSpec
     precision: Precision
     kernels: Kernels
+    capturable: bool
 
     def forward(
         self,

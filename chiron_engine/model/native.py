@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from chiron_kernels.gpu.paged_kv import LARGEST_HEAD
 from torch.nn.functional import embedding
 
 from chiron_engine.model.attention import AttentionBatch, ScoreRule
@@ -77,6 +78,8 @@ class LlamaModel:
         raw = read_json(path / CONFIG)
         self.config = config = parse_config(raw)
         self.precision, self.kernels = precision, kernels
+        # Larger heads go through torch's attention, which sizes its work by the longest row.
+        self.capturable = kernels is Kernels.TRITON and config.head_dim <= LARGEST_HEAD
         self.spec = ModelSpec(
             name=model_name(path),
             architecture=config.architecture,

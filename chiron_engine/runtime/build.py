@@ -19,6 +19,7 @@ from chiron_engine.model.source import resolve_model
 from chiron_engine.model.spec import ModelSpec
 
 from .errors import OutOfMemory
+from .graph_capture import GraphCapture, graph_capture_for
 from .host_memory import available_bytes, keep_freed_memory
 from .kernel_limits import check_capacities, check_model
 from .kernel_variants import launch_all_variants
@@ -62,7 +63,8 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
         path = resolve_model(config.model, progress)
         model = _load(path, precision or default_precision(path, device, kernels), device, kernels, report)
         check_model(model.spec, model.kernels)
-        executor = _with_pools(config, model, device, report)
+        graphs = graph_capture_for(config, model, device)
+        executor = _with_pools(config, model, device, graphs, report)
         report("warm up", 0.0)
         warm_up(executor)
         report("warm up", 1.0)
@@ -70,6 +72,10 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
             report("compile kernels", 0.0)
             launch_all_variants(executor)
             report("compile kernels", 1.0)
+        if graphs:
+            report("capture graphs", 0.0)
+            graphs.apply(executor)
+            report("capture graphs", 1.0)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise OutOfMemory(
@@ -140,13 +146,13 @@ def _load(
 
 
 def _with_pools(
-    config: EngineConfig, model: CausalLM, device: torch.device, report: Progress
+    config: EngineConfig, model: CausalLM, device: torch.device, graphs: GraphCapture, report: Progress
 ) -> TorchExecutor:
     report("size KV cache", 0.0)
     block_size = choose_block_size(config, model.kernels)
     block_bytes = KvPool.block_bytes(block_size, model.spec.layers, model.precision.kv)
     if device.type == "cuda":
-        pool_bytes = _cuda_pool_bytes(config, block_size, model, device)
+        pool_bytes = _cuda_pool_bytes(config, block_size, model, device, graphs)
     else:
         pool_bytes = _cpu_pool_bytes(config, available_bytes())
     sizes = size_kv(config, block_size, model.spec.max_model_len, block_bytes, pool_bytes)
@@ -195,11 +201,14 @@ def _check_swap_space(swap: int, available: int) -> None:
         raise OutOfMemory("the swap space on the host", swap, available, "lower swap_space")
 
 
-def _cuda_pool_bytes(config: EngineConfig, block_size: int, model: CausalLM, device: torch.device) -> int:
+def _cuda_pool_bytes(
+    config: EngineConfig, block_size: int, model: CausalLM, device: torch.device, graphs: GraphCapture
+) -> int:
     """What `gpu_memory_utilization` of the device leaves beside everything on it now, the largest
-    step, penalties of all requests, and what torch's attention gathers where it is in use."""
+    step, penalties of all requests, the graphs of decode steps, and what torch's attention gathers where it
+    is in use."""
     gathers = model.kernels is Kernels.TORCH
-    step_bytes = _largest_step_bytes(config, block_size, model, device)
+    step_bytes = _largest_step_bytes(config, block_size, model, device, graphs)
     step_bytes += penalty_bytes(config.max_num_seqs, _longest(config, model), model.kernels)
     if gathers:
         step_bytes += _mask_bytes(config, model)
@@ -226,9 +235,11 @@ def _mask_bytes(config: EngineConfig, model: CausalLM) -> int:
     return min(config.max_num_batched_tokens, longest) * longest * (model.precision.compute.itemsize + 2)
 
 
-def _largest_step_bytes(config: EngineConfig, block_size: int, model: CausalLM, device: torch.device) -> int:
-    """Peak of a full step, with what the executor keeps of its slots, by running one on a pool of its own,
-    which does not count."""
+def _largest_step_bytes(
+    config: EngineConfig, block_size: int, model: CausalLM, device: torch.device, graphs: GraphCapture
+) -> int:
+    """Peak of a full step, with what the executor keeps of its slots and graphs, by running one on a pool of
+    its own, which does not count."""
     tokens = max(config.max_num_batched_tokens // config.max_num_seqs, 1) + 1
     blocks = -(-tokens // block_size) * config.max_num_seqs
     sizes = KvSizes(blocks, 0, _longest(config, model), block_size)
@@ -239,7 +250,22 @@ def _largest_step_bytes(config: EngineConfig, block_size: int, model: CausalLM, 
     run_largest_step(trial)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before - trial.device_pool.storage.nbytes
+    kept = _graph_bytes(trial, device, graphs)
     trial.close()
     del trial
     torch.cuda.empty_cache()
-    return peak
+    return peak + kept
+
+
+def _graph_bytes(trial: TorchExecutor, device: torch.device, graphs: GraphCapture) -> int:
+    """What the graphs of an executor keep of the device: their memory pool, their buffers, and what the
+    driver needs to hold them, which torch does not count."""
+    if not graphs:
+        return 0
+    torch.cuda.empty_cache()
+    free_before, _ = torch.cuda.mem_get_info(device)
+    graphs.apply(trial)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free_after, _ = torch.cuda.mem_get_info(device)
+    return max(free_before - free_after, 0)

@@ -25,6 +25,7 @@ class SlotStates:
 
     lengths[slot]: known tokens of the sequence; the KV of the last one is computed when it decodes.
     tables[slot, i]: block i of the sequence. On the CPU `device_tables` is the same memory.
+    What is on the device is changed in place and never replaced: captured graphs read it where it is.
     """
 
     def __init__(

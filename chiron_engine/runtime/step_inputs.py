@@ -91,22 +91,11 @@ class StepPacker:
         """The inputs of the plan's forward pass. Call once per plan, after `SlotStates.apply`; where it
         has drafts, `SlotStates.settle_drafts` is to follow."""
         decodes = self._advance_decodes(plan)
-        positions = decodes.lens - 1
-        tables = self._states.device_tables
-        blocks, offsets = self._find_places(positions, decodes.slots, tables, self._block_size)
+        input_ids, positions, batch = self.decode_rows(decodes.slots, decodes.lens, decodes.max_len)
         inputs = StepInputs(
-            input_ids=self._states.last_tokens.index_select(0, decodes.slots),
+            input_ids=input_ids,
             positions=positions,
-            batch=AttentionBatch(
-                num_decodes=len(plan.decode.slots),
-                tables=tables,
-                decode_slots=decodes.slots,
-                decode_lens=decodes.lens,
-                max_decode_len=decodes.max_len,
-                chunks=[],
-                write_blocks=blocks,
-                write_offsets=offsets,
-            ),
+            batch=batch,
             sample_rows=decodes.rows,
             slots=decodes.slots,
             token_positions=decodes.lens,
@@ -126,6 +115,26 @@ class StepPacker:
         for chunk in plan.chunks:
             self._states.lengths[chunk.slot] = chunk.start + chunk.count + chunk.samples
         return inputs
+
+    def decode_rows(
+        self, slots: Tensor, lens: Tensor, max_len: int | None = None
+    ) -> tuple[Tensor, Tensor, AttentionBatch]:
+        """Token ids and positions, int64 [B], and the batch of a forward pass over the newest token of each
+        slot. slots, lens: int64 [B], on the device; the lengths count that token. max_len: at least the
+        largest of them; None is what a block table holds."""
+        positions, tables = lens - 1, self._states.device_tables
+        blocks, offsets = self._find_places(positions, slots, tables, self._block_size)
+        batch = AttentionBatch(
+            num_decodes=len(slots),
+            tables=tables,
+            decode_slots=slots,
+            decode_lens=lens,
+            max_decode_len=tables.shape[1] * self._block_size if max_len is None else max_len,
+            chunks=[],
+            write_blocks=blocks,
+            write_offsets=offsets,
+        )
+        return self._states.last_tokens.index_select(0, slots), positions, batch
 
     def _advance_decodes(self, plan: StepPlan) -> DecodeRows:
         if plan.decode is not self._decodes.batch:

@@ -16,6 +16,7 @@ from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.policy.iteration.plan import StepPlan, StepResult
 
+from .decode_graphs import DecodeGraphs
 from .kv_transfer import CopyBlocks, KvTransfer
 from .prompt_scores import PromptScores
 from .sampler import sample
@@ -35,7 +36,7 @@ NO_TOKEN = -1
 @dataclass(slots=True, eq=False)
 class TorchStep:
     """A step under way. `tokens` lies on the host (pinned on CUDA, complete once `done` has passed)
-    and holds NO_TOKEN for a row whose logits were all NaN or -inf."""
+    and holds NO_TOKEN for a row whose logits were all NaN or -inf. graph: its forward pass was replayed."""
 
     plan: StepPlan
     tokens: Tensor
@@ -44,6 +45,7 @@ class TorchStep:
     device_s: float = 0.0
     began: torch.cuda.Event | None = field(default=None)
     done: torch.cuda.Event | None = field(default=None)
+    graph: bool = False
 
 
 class TorchExecutor:
@@ -55,6 +57,8 @@ class TorchExecutor:
 
     A row with no logit above -inf (a broken checkpoint or an overflow) gets token 0, so that the
     requests beside it go on; `num_invalid_rows` counts such rows and the first is logged.
+
+    decode_graphs: replays the forward passes that it covers; None where all are launched kernel by kernel.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class TorchExecutor:
             self.transfer = KvTransfer(device_pool, host_pool, _copy_kernel(model.kernels))
         self.device = device_pool.storage.device
         self.num_invalid_rows = 0
+        self.decode_graphs: DecodeGraphs | None = None
         self._shape = ExecutorShape(
             block_size=device_pool.block_size,
             num_device_blocks=device_pool.num_blocks,
@@ -113,42 +118,42 @@ class TorchExecutor:
 
     def _run(self, plan: StepPlan) -> TorchStep:
         start = time.perf_counter()
-        tokens, logprobs, prompts = self._compute(plan)
-        return TorchStep(plan, tokens, logprobs, prompts, time.perf_counter() - start)
+        step = self._compute(plan)
+        step.device_s = time.perf_counter() - start
+        return step
 
     def _run_on_cuda(self, plan: StepPlan) -> TorchStep:
         with torch.cuda.device(self.device):
             began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             began.record()
-            tokens, logprobs, prompts = self._compute(plan)
-            on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            on_host.copy_(tokens, non_blocking=True)
-            if logprobs is not None:
-                logprobs = logprobs.to_host()
-            if prompts is not None:
-                prompts = prompts.to_host()
+            step = self._compute(plan)
+            on_host = torch.empty(step.tokens.shape, dtype=step.tokens.dtype, pin_memory=True)
+            step.tokens = on_host.copy_(step.tokens, non_blocking=True)
+            if step.logprobs is not None:
+                step.logprobs = step.logprobs.to_host()
+            if step.prompts is not None:
+                step.prompts = step.prompts.to_host()
             done.record()
-        return TorchStep(plan, on_host, logprobs, prompts, began=began, done=done)
+        step.began, step.done = began, done
+        return step
 
-    def _compute(self, plan: StepPlan) -> tuple[Tensor, Logprobs | None, PromptScores | None]:
-        """Copies, forward pass and sampling; returns the tokens on the device, and how likely they and
-        those of prompts were where that is asked for."""
+    def _compute(self, plan: StepPlan) -> TorchStep:
+        """Copies, forward pass and sampling. The tokens are still on the device, and with them how likely
+        they and those of prompts were where that is asked for."""
         self._copy_blocks(plan)
         self._states.apply(plan)
         if not (plan.decode.slots or plan.chunks or plan.drafts):
-            return self._no_tokens, None, None
+            return TorchStep(plan, self._no_tokens)
         inputs = self._packer.pack(plan)
         if inputs.guides is not None:
             inputs.guides.begin(self._states.last_tokens)
-        logits = self.model.forward(
-            inputs.input_ids, inputs.positions, inputs.batch, self.device_pool, inputs.logit_rows
-        )
+        logits, graph = self._logits(inputs)
         prompts = None
         if inputs.prompts is not None:
             logits, of_prompts = logits.split((len(inputs.sample_rows), len(inputs.prompts.rows)))
             prompts = inputs.prompts.scores(of_prompts, self._kernels)
         if not len(inputs.sample_rows):
-            return self._no_tokens, None, prompts
+            return TorchStep(plan, self._no_tokens, prompts=prompts)
         wanted = self._adjusted(logits, inputs)
         tokens, valid = sample(wanted, inputs.sampling, inputs.token_positions, self._kernels)
         self._states.last_tokens.index_copy_(0, inputs.slots, tokens)
@@ -158,7 +163,17 @@ class TorchExecutor:
         logprobs = None
         if inputs.logprobs is not None:
             logprobs = logprobs_of(logits, tokens, inputs.logprobs, self._kernels)
-        return torch.where(valid, tokens, NO_TOKEN), logprobs, prompts
+        return TorchStep(plan, torch.where(valid, tokens, NO_TOKEN), logprobs, prompts, graph=graph)
+
+    def _logits(self, inputs: StepInputs) -> tuple[Tensor, bool]:
+        """Of the rows that are wanted, and whether a graph gave them; it overwrites them in the next step."""
+        batch, graphs = inputs.batch, self.decode_graphs
+        if graphs is not None and graphs.covers(batch):
+            return graphs.logits(batch.decode_slots, batch.decode_lens), True
+        logits = self.model.forward(
+            inputs.input_ids, inputs.positions, batch, self.device_pool, inputs.logit_rows
+        )
+        return logits, False
 
     def _adjusted(self, logits: Tensor, inputs: StepInputs) -> Tensor:
         """The logits as the requests want them; `logits` itself where nobody asks for it as it was."""
@@ -181,6 +196,10 @@ class TorchExecutor:
         self.transfer.copy_out(plan.copies_out)
         self.transfer.copy_in(plan.copies_in)
 
+    def make_decode_graphs(self) -> DecodeGraphs:
+        """Graphs over this executor's memory, with nothing captured yet and not in use."""
+        return DecodeGraphs(self.model, self.device_pool, self._packer, self._shape.max_slots)
+
     def collect(self, handle: TorchStep) -> StepResult:
         """Wait for the oldest step and return its tokens."""
         if not self._under_way or handle is not self._under_way[0]:
@@ -192,7 +211,7 @@ class TorchExecutor:
         tokens: list[int] = handle.tokens.tolist()
         if NO_TOKEN in tokens:
             tokens = self._replace_invalid(handle.plan, tokens)
-        result = StepResult(tokens, handle.device_s)
+        result = StepResult(tokens, handle.device_s, handle.graph)
         if handle.logprobs is not None:
             result.logprobs = handle.logprobs.by_row()
         if handle.prompts is not None:
@@ -213,7 +232,7 @@ class TorchExecutor:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._under_way.clear()
-        del self.model, self.device_pool, self.transfer, self._states, self._packer
+        del self.model, self.device_pool, self.transfer, self._states, self._packer, self.decode_graphs
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -178,11 +178,13 @@ def test_an_engine_process_gets_the_same_configuration() -> None:
         gpu_memory_utilization=0.5,
         step_log="steps.jsonl",
         num_speculative_tokens=7,
+        enforce_eager=True,
     )
     arguments = to_arguments(config)
     assert arguments[0] == "m"
     given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
     assert "--no-enable-prefix-caching" in arguments
+    assert "--enforce-eager" in arguments
     assert parse_size(given["--kv-cache-memory"]) == 123456789
     assert arguments[arguments.index("--num-speculative-tokens") + 1] == "7"
     assert to_arguments(engine_config("m", {})) == ["m"]

@@ -25,6 +25,7 @@ from chiron_engine.policy.iteration.step_costs import StepCosts
 from chiron_engine.runtime import build, trial_steps
 from chiron_engine.runtime.build import build_executor, named_precision, resolve_device
 from chiron_engine.runtime.errors import OutOfMemory
+from chiron_engine.runtime.graph_capture import GraphCapture
 from chiron_engine.runtime.torch_executor import TorchExecutor
 from chiron_engine.runtime.trial_steps import (
     TrialRequests,
@@ -268,16 +269,47 @@ def test_a_cuda_pool_leaves_room_for_steps_and_what_else_is_there(
         "mem_get_info": lambda device: (9 * gib, 10 * gib),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    config = replace(config, kv_cache_memory=None, gpu_memory_utilization=0.5)
+    config, eager = replace(config, kv_cache_memory=None, gpu_memory_utilization=0.5), GraphCapture(None)
     masks = 512 * 512 * 6
     history = 8 * 512 * 4
     left = 5 * gib - gib - (64 << 20) + 40 * 8192 - history - build.CUDA_RESERVE
     model.kernels = Kernels.TRITON
-    assert build._cuda_pool_bytes(config, 16, model, cpu) == left - history
+    assert build._cuda_pool_bytes(config, 16, model, cpu, eager) == left - history
     short = replace(config, max_model_len=100)
-    assert build._cuda_pool_bytes(short, 16, model, cpu) == left + history - 2 * 8 * 100 * 4
+    assert build._cuda_pool_bytes(short, 16, model, cpu, eager) == left + history - 2 * 8 * 100 * 4
     model.kernels = Kernels.TORCH
-    pool = build._cuda_pool_bytes(config, 16, model, cpu)
+    pool = build._cuda_pool_bytes(config, 16, model, cpu, eager)
     assert pool == int((left - masks) / (1 + build.GATHERED_LAYERS / 2))
     with pytest.raises(OutOfMemory, match="lower kv_cache_memory"):
-        build._cuda_pool_bytes(replace(config, kv_cache_memory=9 * gib), 16, model, cpu)
+        build._cuda_pool_bytes(replace(config, kv_cache_memory=9 * gib), 16, model, cpu, eager)
+
+
+def test_a_cuda_pool_leaves_room_for_what_graphs_keep(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arithmetic, with a pretended device of 10 GiB, on which graphs take 96 MiB and a step 64."""
+    cpu = torch.device("cpu")
+    gib = 1 << 30
+    captured: list[TorchExecutor] = []
+
+    class Capture(GraphCapture):
+        def apply(self, executor: TorchExecutor) -> None:
+            captured.append(executor)
+
+    model = build_executor(config)[0].model
+    model.kernels = Kernels.TRITON
+    for name, value in {
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "empty_cache": lambda: None,
+        "memory_allocated": lambda device: 136 << 20,
+        "max_memory_allocated": lambda device: 200 << 20,
+        "mem_get_info": lambda device: (9 * gib - (96 << 20) * len(captured), 10 * gib),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    config = replace(config, kv_cache_memory=None, gpu_memory_utilization=0.5)
+    without = build._cuda_pool_bytes(config, 16, model, cpu, GraphCapture(None))
+    monkeypatch.setattr(TorchExecutor, "close", lambda executor: captured.clear())
+    assert build._cuda_pool_bytes(config, 16, model, cpu, Capture(lambda: lambda work: work)) == without - (
+        96 << 20
+    )

@@ -34,6 +34,7 @@ class TinyCausalLM:
             "tiny", "TinyCausalLM", (LayerGeometry(KV_HEADS, HEAD_DIM),) * LAYERS, VOCAB, CONTEXT, (), Path()
         )
         self.precision, self.kernels = FLOAT32, kernels or best_kernels(torch.device(device))
+        self.capturable = self.kernels is Kernels.TRITON
         self.embedding = weights(VOCAB, WIDTH, scale=1.0)
         self.positions = weights(CONTEXT, WIDTH, scale=0.5)
         inner = WIDTH + 2 * KV_HEADS * HEAD_DIM
