@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 
 from chiron_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_last_dense, check_shape
+from chiron_kernels.gpu.eight_bits import check_target, inverse_scales, to_stored
 from chiron_kernels.gpu.launch import Launch, power_of_two_from
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 
 NUM_WARPS = 4
 PROGRAM_BYTES = NUM_WARPS * 32 * 2 * 16
@@ -48,6 +50,8 @@ def _kv_write(
     v_row_stride,
     v_head_stride,
     block_stride,  # elements from a block of the pool to the next
+    k_inverse,  # of the scale of the keys; not looked at but for a pool of 8 bits, nor is the next
+    v_inverse,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TILE: tl.constexpr,  # the power of two from DIM up
@@ -66,14 +70,17 @@ def _kv_write(
     offset = tl.load(offsets + row, mask=there, other=0)
     target = token_start(kv, block, offset, block_stride, KV_HEADS, DIM) + head * DIM + column
     written = (block >= 0) & held
-    tl.store(target, key, mask=written)
-    tl.store(target + KV_HEADS * DIM, value, mask=written)
+    dtype: tl.constexpr = kv.dtype.element_ty
+    tl.store(target, to_stored(key, k_inverse, dtype), mask=written)
+    tl.store(target + KV_HEADS * DIM, to_stored(value, v_inverse, dtype), mask=written)
 
 
 def check_pool(name: str, kv: torch.Tensor, kv_heads: int, dim: int, like: torch.Tensor) -> None:
-    """kv: a layer of the pool with so many heads of so many elements, in the dtype and where `like` is."""
+    """kv: a layer of the pool with so many heads of so many elements, where `like` is and in its dtype, or in
+    8 bits."""
     check_shape(name, kv, (None, None, 2, kv_heads, dim))
-    check_dtype(name, kv, (like.dtype,))
+    check_dtype(name, kv, (like.dtype, EIGHT_BITS))
+    check_target(kv)
     dense = (2 * kv_heads * dim, kv_heads * dim, dim, 1)
     if kv.stride()[1:] != dense:
         raise ValueError(f"{name} has strides {list(kv.stride())}; within a block they must be {list(dense)}")
@@ -102,6 +109,8 @@ def kv_write_launch(
     kv: torch.Tensor,
     write_blocks: torch.Tensor,
     write_offsets: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Launch:
     """As `kv_write`."""
     check_shape("k", k, (None, None, None))
@@ -115,6 +124,7 @@ def kv_write_launch(
     check_pool("kv", kv, kv_heads, dim, k)
     check_places(k, write_blocks, write_offsets)
     check_slots(rows, kv_heads)
+    k_inverse, v_inverse = inverse_scales(kv, k_scale, v_scale)
     tile = power_of_two_from(dim)
     slots = max(PROGRAM_BYTES // (2 * tile * k.dtype.itemsize), 1)
     return Launch(
@@ -132,6 +142,8 @@ def kv_write_launch(
             "v_row_stride": v.stride(0),
             "v_head_stride": v.stride(1),
             "block_stride": kv.stride(0),
+            "k_inverse": k_inverse,
+            "v_inverse": v_inverse,
             "KV_HEADS": kv_heads,
             "DIM": dim,
             "TILE": tile,
@@ -148,11 +160,14 @@ def kv_write(
     kv: torch.Tensor,
     write_blocks: torch.Tensor,
     write_offsets: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Row t of k and v goes to kv[write_blocks[t], write_offsets[t]]; not if its block is negative.
 
     k, v: [T, Hkv, D], float16, bfloat16 or float32, elements of a head dense, any strides else. kv: one layer
-    of the pool, [N, block_size, 2, Hkv, D] of the same dtype, dense within a block. write_blocks,
-    write_offsets: int64 [T]; blocks under N and offsets under block_size, no place twice, which is not
-    checked. Raises ValueError for what does not fit."""
-    kv_write_launch(k, v, kv, write_blocks, write_offsets).run()
+    of the pool, [N, block_size, 2, Hkv, D] of the same dtype or float8_e4m3fn, dense within a block.
+    write_blocks, write_offsets: int64 [T]; blocks under N and offsets under block_size, no place twice, which
+    is not checked. k_scale, v_scale: what keys and values are divided by for a pool of 8 bits, see
+    `eight_bits`. Raises ValueError for what does not fit."""
+    kv_write_launch(k, v, kv, write_blocks, write_offsets, k_scale, v_scale).run()

@@ -30,6 +30,7 @@ from chiron_kernels.gpu.checks import (
     check_last_dense,
     check_shape,
 )
+from chiron_kernels.gpu.eight_bits import inverse_scales, to_stored
 from chiron_kernels.gpu.kv_write import (
     NUM_WARPS,
     PROGRAM_BYTES,
@@ -58,6 +59,7 @@ def _move_heads(
     row_stride,
     block_stride,
     eps,
+    inverse_scale,  # not looked at but for a pool of 8 bits
     TURNS: tl.constexpr,
     NORM: tl.constexpr,
     CACHED: tl.constexpr,
@@ -98,7 +100,7 @@ def _move_heads(
     # others have arrived, to save registers.
     tl.debug_barrier()
 
-    dtype = target.dtype.element_ty
+    dtype: tl.constexpr = target.dtype.element_ty
     if NORM:
         wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
         squares = wide_low * wide_low + wide_high * wide_high
@@ -115,18 +117,18 @@ def _move_heads(
         rest = tl.load(source + beyond, mask=there & held, other=0.0)
         if NORM:
             gain = tl.load(weight + beyond, mask=there & held, other=0.0).to(tl.float32)
-            rest = (rest.to(tl.float32) * gain * scale).to(dtype)
-        tl.store(target + beyond, rest, mask=written & held)
+            rest = rest.to(tl.float32) * gain * scale
+        tl.store(target + beyond, to_stored(rest, inverse_scale, dtype), mask=written & held)
     if TURNS:
         x, y = low.to(tl.float32), high.to(tl.float32)
         if NORM:
             x *= gain_low
             y *= gain_high
-        low = (x * cosine - y * sine).to(dtype)
-        high = (y * cosine + x * sine).to(dtype)
+        low = x * cosine - y * sine
+        high = y * cosine + x * sine
     kept = written & (column < HALF)
-    tl.store(target + column, low, mask=kept)
-    tl.store(target + HALF + column, high, mask=kept)
+    tl.store(target + column, to_stored(low, inverse_scale, dtype), mask=kept)
+    tl.store(target + HALF + column, to_stored(high, inverse_scale, dtype), mask=kept)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -144,6 +146,8 @@ def _rope_kv_write(
     row_stride,  # elements from a row of qkv to the next
     block_stride,  # elements from a block of the pool to the next
     eps,
+    k_inverse,  # of the scale of the keys; not looked at but for a pool of 8 bits, nor is the next
+    v_inverse,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -160,19 +164,19 @@ def _rope_kv_write(
     if program < query_programs:
         _move_heads(
             program, qkv,
-            q, cos, sin, q_norm, blocks, offsets, rows, row_stride, block_stride, eps,
+            q, cos, sin, q_norm, blocks, offsets, rows, row_stride, block_stride, eps, 1.0,
             True, NORM, False, HEADS, DIM, ROTARY, PART, SLOTS,
         )  # fmt: skip
     elif program < query_programs + key_programs:
         _move_heads(
             program - query_programs, qkv + KEYS,
-            kv, cos, sin, k_norm, blocks, offsets, rows, row_stride, block_stride, eps,
+            kv, cos, sin, k_norm, blocks, offsets, rows, row_stride, block_stride, eps, k_inverse,
             True, NORM, True, KV_HEADS, DIM, ROTARY, PART, SLOTS,
         )  # fmt: skip
     else:
         _move_heads(
             program - query_programs - key_programs, qkv + KEYS + SIZE,
-            kv + SIZE, cos, sin, k_norm, blocks, offsets, rows, row_stride, block_stride, eps,
+            kv + SIZE, cos, sin, k_norm, blocks, offsets, rows, row_stride, block_stride, eps, v_inverse,
             False, False, True, KV_HEADS, DIM, ROTARY, PART, SLOTS,
         )  # fmt: skip
 
@@ -232,6 +236,8 @@ def rope_kv_write_launch(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Launch:
     """q: [T, heads, D] contiguous, written. Otherwise as `rope_kv_write`."""
     dim = _check_heads(qkv, heads, kv_heads)
@@ -239,6 +245,7 @@ def rope_kv_write_launch(
     _check_norms(qkv, q_norm, k_norm, dim)
     check_pool("kv", kv, kv_heads, dim, qkv)
     check_places(qkv, write_blocks, write_offsets)
+    k_inverse, v_inverse = inverse_scales(kv, k_scale, v_scale)
     rows = qkv.shape[0]
     check_shape("q", q, (rows, heads, dim))
     check_dtype("q", q, (qkv.dtype,))
@@ -265,6 +272,8 @@ def rope_kv_write_launch(
             "row_stride": qkv.stride(0),
             "block_stride": kv.stride(0),
             "eps": eps,
+            "k_inverse": k_inverse,
+            "v_inverse": v_inverse,
             "NORM": q_norm is not None,
             "HEADS": heads,
             "KV_HEADS": kv_heads,
@@ -290,6 +299,8 @@ def rope_kv_write(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """The rotated queries [T, heads, D]; the rotated keys and the values go to
     kv[write_blocks[t], write_offsets[t]], of row t, unless its block is negative.
@@ -298,15 +309,30 @@ def rope_kv_write(
     cos, sin: [T, 1, R] contiguous, of the same dtype. x of a head becomes x cos + roll(x, R / 2) sin, in
     its first R elements, R even and up to D: sin carries the sign of the rotation, so the halves of cos must
     be equal and those of sin opposite (Su et al. 2021, arXiv:2104.09864, with halves in place of neighbours).
-    kv: one layer of the pool, [N, block_size, 2, kv_heads, D] of the same dtype, dense within a block.
+    kv: one layer of the pool, [N, block_size, 2, kv_heads, D] of the same dtype or float8_e4m3fn, dense
+    within a block.
     write_blocks, write_offsets: int64 [T]; blocks under N and offsets under block_size, no place twice, which
     is not checked.
     q_norm, k_norm: both or none, [D]: before they turn, each head of the queries and of the keys is divided
     by sqrt(mean(x^2) + eps) and multiplied by these.
+    k_scale, v_scale: what keys and values are divided by for a pool of 8 bits, see `eight_bits`.
     All arithmetic is in float32 and rounded once. Raises ValueError for what does not fit."""
     dim = _check_heads(qkv, heads, kv_heads)
     q = qkv.new_empty(qkv.shape[0], heads, dim)
     rope_kv_write_launch(
-        qkv, cos, sin, kv, write_blocks, write_offsets, heads, kv_heads, q, q_norm, k_norm, eps
+        qkv,
+        cos,
+        sin,
+        kv,
+        write_blocks,
+        write_offsets,
+        heads,
+        kv_heads,
+        q,
+        q_norm,
+        k_norm,
+        eps,
+        k_scale,
+        v_scale,
     ).run()
     return q
