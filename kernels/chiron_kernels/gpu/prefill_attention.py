@@ -31,9 +31,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from chiron_kernels.gpu.eight_bits import check_scales, check_target
 from chiron_kernels.gpu.launch import HOPPER, Launch, target_architecture
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
 from chiron_kernels.gpu.multiprocessors import multiprocessors
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.prefill_plan import PrefillShape, check_arguments, check_out, choose_splits, tiling
 from chiron_kernels.gpu.prefill_tiles import attend_tiles
 from chiron_kernels.gpu.query_blocks import QueryBlocks
@@ -82,6 +84,7 @@ def _prefill_attention(
     cap_scale,  # scale / softcap, with HAS_CAP
     unit,  # what a score, or tanh of a capped one, is multiplied with: positive, log2(e) included
     window,  # keys a row sees, itself included; with HAS_WINDOW
+    v_scale,  # of the values
     BY_TENSOR: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -94,6 +97,7 @@ def _prefill_attention(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    EIGHT_BITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Program (i, h, s): block i, key head h, split s. Programs that run side by side share a head, whose
@@ -121,6 +125,8 @@ def _prefill_attention(
     within = exists[:, None] & (dim < HEAD_DIM)[None, :]
     q_row = q + (start + token) * q_stride + q_head * HEAD_DIM
     q_tile = tl.load(q_row[:, None] + dim[None, :], mask=within, other=0.0)
+    if EIGHT_BITS:
+        q_tile = q_tile.to(tl.float16)
 
     # Tiles of the block, as drawn above, and this split's part of them.
     first = context + first_row // GROUP
@@ -157,15 +163,15 @@ def _prefill_attention(
     if HAS_WINDOW:
         state = attend_tiles(
             state, q_tile, position, tile_from, full_from, seen, head_kv, pages, paging, scoring,
-            True, False, HAS_CAP, HAS_WINDOW, HEAD_DIM, DIM, BLOCK, TILE, 1,
+            True, False, HAS_CAP, HAS_WINDOW, HEAD_DIM, DIM, BLOCK, TILE, EIGHT_BITS, 1,
         )  # fmt: skip
     state = attend_tiles(
         state, q_tile, position, full_from, full_to, seen, head_kv, pages, paging, scoring,
-        False, BY_TENSOR, HAS_CAP, HAS_WINDOW, HEAD_DIM, DIM, BLOCK, TILE, STAGES,
+        False, BY_TENSOR, HAS_CAP, HAS_WINDOW, HEAD_DIM, DIM, BLOCK, TILE, EIGHT_BITS, STAGES,
     )  # fmt: skip
     state = attend_tiles(
         state, q_tile, position, full_to, tile_to, seen, head_kv, pages, paging, scoring,
-        True, False, HAS_CAP, HAS_WINDOW, HEAD_DIM, DIM, BLOCK, TILE, 1,
+        True, False, HAS_CAP, HAS_WINDOW, HEAD_DIM, DIM, BLOCK, TILE, EIGHT_BITS, 1,
     )  # fmt: skip
     acc, highest, total = state
 
@@ -180,7 +186,7 @@ def _prefill_attention(
         tl.store(lse + at, log_sum, mask=exists)
     elif HAS_LSE:
         tl.store(lse + at, log_sum * LN2, mask=exists)
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
     stored = (exists & some)[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(out + (at * HEAD_DIM)[:, None] + dim[None, :], result, mask=stored)
 
@@ -194,13 +200,18 @@ def _launch(
     sinks: torch.Tensor | None,
     lse: torch.Tensor | None,
     sums: torch.Tensor | None,
+    k_scale: float,
+    v_scale: float,
 ) -> Launch:
     """As `prefill_attention_launch`, its arguments but out and sums checked."""
     q, kv, tables, table_rows, query_starts, context_lens, blocks, scale = inputs
     check_out(q, out, sums)
+    check_target(kv)
+    check_scales(k_scale, v_scale)
     architecture = target_architecture()
     tile = tiling(shape, blocks.rows, kv, architecture)
     dim = triton.next_power_of_2(shape.head_dim)
+    score_scale = scale * k_scale
     pages = None
     if tile.by_tensor:
         pages = TensorDescriptor(kv, list(kv.shape), list(kv.stride()), [1, tile.keys, 1, 1, dim])
@@ -227,9 +238,10 @@ def _launch(
             "block_stride": kv.stride(0),
             "token_stride": kv.stride(1),
             "value_offset": kv.stride(2),
-            "cap_scale": 0.0 if softcap is None else scale / softcap,
-            "unit": (scale if softcap is None else softcap) * LOG2E.value,
+            "cap_scale": 0.0 if softcap is None else score_scale / softcap,
+            "unit": (score_scale if softcap is None else softcap) * LOG2E.value,
             "window": 0 if window is None else window,
+            "v_scale": v_scale,
             "BY_TENSOR": tile.by_tensor,
             "HAS_CAP": softcap is not None,
             "HAS_WINDOW": window is not None,
@@ -242,6 +254,7 @@ def _launch(
             "BLOCK": shape.block_size,
             "ROWS": blocks.rows,
             "TILE": tile.keys,
+            "EIGHT_BITS": kv.dtype == EIGHT_BITS,
             "STAGES": tile.stages,
         },
         num_warps=tile.warps,
@@ -265,13 +278,15 @@ def prefill_attention_launch(
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Launch:
     """Without sums, out is [T, Hq, D] as q and lse as in `prefill_attention`, written. With sums, float32
     [P, T, Hq], the keys are dealt to P splits: out is float32 [P, T, Hq, D], both are written for
     `merge_parts_launch`, and lse is left alone. Otherwise as `prefill_attention`."""
     inputs = (q, kv, tables, table_rows, query_starts, context_lens, blocks, scale)
     shape = check_arguments(*inputs, window, softcap, sinks, lse)
-    return _launch(shape, inputs, out, window, softcap, sinks, lse, sums)
+    return _launch(shape, inputs, out, window, softcap, sinks, lse, sums, k_scale, v_scale)
 
 
 def prefill_attention(
@@ -290,20 +305,24 @@ def prefill_attention(
     max_len: int | None = None,
     splits: int | None = None,
     out: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Each row's softmax-weighted mean of the values it sees: [T, Hq, D], as q.
 
     q: [T, Hq, D], the rows of C chunks one after another, each row dense; float16, bfloat16 or float32. kv: a
     layer of the pool, [num_blocks, block_size, 2, Hkv, D], see `paged_kv`; query head h reads key head
-    h // (Hq / Hkv). tables: int64 [S, W], block ids, and table_rows: int64 [C], which row is each chunk's.
-    query_starts: int64 [C + 1], chunk c has rows query_starts[c] .. query_starts[c + 1] - 1; rows in no chunk
-    are not written. context_lens: int64 [C], keys before the chunk's first row; row i of the chunk sees keys
-    0 .. context_lens[c] + i, its own included, all of which are in the pool. blocks: of `query_blocks` with T
-    tokens and this Hq / Hkv and D. scale: what scores are multiplied with, above 0.
+    h // (Hq / Hkv). Its dtype is that of q, or float8_e4m3fn for q of float16 or bfloat16; then q is computed
+    with as float16, so below 65504. tables: int64 [S, W], block ids, and table_rows: int64 [C], which row is
+    each chunk's. query_starts: int64 [C + 1], chunk c has rows query_starts[c] .. query_starts[c + 1] - 1;
+    rows in no chunk are not written. context_lens: int64 [C], keys before the chunk's first row; row i of the
+    chunk sees keys 0 .. context_lens[c] + i, its own included, all of which are in the pool. blocks: of
+    `query_blocks` with T tokens and this Hq / Hkv and D. scale: what scores are multiplied with, above 0.
 
     window: how many keys a row sees at most, the last ones, itself included. softcap c: a score becomes
     c tanh(score / c). sinks: [Hq], a score that joins the softmax's sum and has no value. lse: float32
-    [T, Hq], written: the natural logarithm of the softmax's sum, sinks included.
+    [T, Hq], written: the natural logarithm of the softmax's sum, sinks included. k_scale, v_scale: keys and
+    values are so many times what the pool holds.
 
     max_len: no chunk's context and tokens are more; by the width of the tables where not given. splits: into
     how many parts the keys are split for programs that work side by side; by the shapes where not given. out:
@@ -320,11 +339,11 @@ def prefill_attention(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if splits == 1:
-        _launch(shape, inputs, out, window, softcap, sinks, lse, None).run()
+        _launch(shape, inputs, out, window, softcap, sinks, lse, None, k_scale, v_scale).run()
         return out
     check_out(q, out, None)
     partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
     sums = torch.empty(splits, *q.shape[:2], dtype=torch.float32, device=q.device)
-    _launch(shape, inputs, partial, window, softcap, sinks, None, sums).run()
+    _launch(shape, inputs, partial, window, softcap, sinks, None, sums, k_scale, v_scale).run()
     merge_parts_launch(partial, sums, query_starts, out, lse).run()
     return out

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from chiron_kernels.gpu.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
+from chiron_kernels.gpu.checks import FLOATS, HALVES, check_contiguous, check_device, check_dtype, check_shape
 from chiron_kernels.gpu.launch import HOPPER
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS
-from chiron_kernels.gpu.paged_kv import check_kv, check_tables
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS, STORED, check_kv, check_tables
 from chiron_kernels.gpu.query_blocks import QueryBlocks
 
 LEAST_SPLIT_KEYS = 512
@@ -132,8 +132,8 @@ def check_arguments(
     tokens, heads, head_dim = q.shape
     if q.stride(2) != 1 or (heads > 1 and q.stride(1) != head_dim):
         raise ValueError(f"q has strides {list(q.stride())}; those within a row must be [{head_dim}, 1]")
-    check_kv(kv)
-    check_dtype("kv", kv, (q.dtype,))
+    check_kv(kv, STORED)
+    check_dtype("kv", kv, (q.dtype, EIGHT_BITS) if q.dtype in HALVES else (q.dtype,))
     block_size, kv_heads = kv.shape[1], kv.shape[3]
     if kv.shape[4] != head_dim:
         raise ValueError(f"kv has heads of {kv.shape[4]}; they must be of {head_dim}, as those of q")

@@ -52,6 +52,7 @@ def attend_tiles(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    EIGHT_BITS: tl.constexpr,  # keys and values are, which are computed with as float16, as q_tile is
     STAGES: tl.constexpr,
 ):
     """The state after tiles tile_from .. tile_to - 1, which every row sees whole unless MASKED."""
@@ -77,6 +78,8 @@ def attend_tiles(
             exists = (key >= seen_from) & (key < seen_end)
             keys = _load_rows(at, exists, dim, MASKED, HEAD_DIM, DIM)
             values = _load_rows(at + value_offset, exists, dim, MASKED, HEAD_DIM, DIM)
+        if EIGHT_BITS:
+            keys, values = keys.to(tl.float16), values.to(tl.float16)
         score = tl.dot(q_tile, tl.trans(keys), input_precision="ieee")
         if HAS_CAP:
             score = 2 * tl.sigmoid(2 * cap_scale * score) - 1  # tanh of cap_scale times score

@@ -22,6 +22,8 @@ def prefill_attention(
     lse: torch.Tensor | None = None,
     max_len: int | None = None,
     splits: int | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Each row's softmax-weighted mean of the values it sees: [T, Hq, D], as q; zeros for rows in no chunk.
 
@@ -29,8 +31,9 @@ def prefill_attention(
     [C + 1]. context_lens: [C]. Row i of chunk c sees keys 0 .. context_lens[c] + i of the blocks that row
     table_rows[c] of tables names, with a window only the last `window` of them. softcap c: a score becomes
     c tanh(score / c). sinks: [Hq], a score without a value. lse: [T, Hq], written: the natural logarithm of
-    the softmax's sum. blocks, max_len and splits say how the kernel shares the work, and change nothing here.
-    float64 is computed with as it is, all else in float32.
+    the softmax's sum. k_scale, v_scale: keys and values are so many times what the pool holds. blocks,
+    max_len and splits say how the kernel shares the work, and change nothing here. float64 is computed with
+    as it is, all else in float32.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -51,7 +54,7 @@ def prefill_attention(
         pages = kv[table].flatten(0, 1)[:length].to(wide)
         pages = torch.where(used[:, None, None, None], pages, 0.0)
         pages = pages.repeat_interleave(q.shape[1] // kv.shape[3], dim=2)
-        score = torch.einsum("thd,khd->htk", q[start:end].to(wide), pages[:, 0]) * scale
+        score = torch.einsum("thd,khd->htk", q[start:end].to(wide), pages[:, 0]) * (scale * k_scale)
         if softcap is not None:
             score = torch.tanh(score / softcap) * softcap
         score = score.masked_fill(hidden, float("-inf"))
@@ -59,7 +62,7 @@ def prefill_attention(
             sink = sinks.to(wide)[:, None, None].expand(-1, end - start, 1)
             score = torch.cat((score, sink), dim=-1)
         weight = torch.softmax(score, dim=-1)[..., :length]
-        out[start:end] = torch.einsum("htk,khd->thd", weight, pages[:, 1]).to(q.dtype)
+        out[start:end] = torch.einsum("htk,khd->thd", weight, pages[:, 1] * v_scale).to(q.dtype)
         if lse is not None:
             lse[start:end] = torch.logsumexp(score, dim=-1).T
     return out

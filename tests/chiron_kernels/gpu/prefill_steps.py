@@ -85,8 +85,10 @@ def step(
     before: int = 0,
     after: int = 0,
     kv: torch.Tensor | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Step:
-    """before, after: rows of q in no chunk. kv: a pool to fill, its last blocks first."""
+    """before, after: rows of q in no chunk. kv: a pool to fill, its last blocks first. kv_dtype: where it is
+    not that of q."""
     generator = torch.Generator().manual_seed(len(chunks) * 1000 + sum(chunks[-1]) + head_dim)
     query_heads, kv_heads = heads
 
@@ -97,7 +99,7 @@ def step(
     needed = [-(-length // block_size) for length in lengths]
     width = max(needed) + 1
     if kv is None:
-        kv = poisoned_pool(sum(needed) + 3, block_size, kv_heads, head_dim, dtype, device)
+        kv = poisoned_pool(sum(needed) + 3, block_size, kv_heads, head_dim, kv_dtype or dtype, device)
     # Never block 0, which pads the tables.
     ids = 1 + torch.randperm(len(kv) - 1, generator=generator)
     if sum(needed) < len(kv) - 1:

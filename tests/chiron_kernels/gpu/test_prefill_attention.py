@@ -6,6 +6,8 @@ import pytest
 import torch
 from chiron_kernels.gpu import prefill_attention as prefill_module
 from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu import eight_bits
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.prefill_attention import prefill_attention, prefill_attention_launch
 
 from tests.chiron_kernels.gpu.prefill_steps import TOLERANCE, check, far_pool, step
@@ -115,6 +117,36 @@ def test_large_scores(device: torch.device) -> None:
     check(type(given)(**{**given.__dict__, "scale": 20.0}))
 
 
+@pytest.mark.parametrize("block_size", [4, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_keys_and_values_of_8_bits(dtype: torch.dtype, block_size: int, device: torch.device) -> None:
+    given = step(EDGES, device, heads=(2, 1), dtype=dtype, block_size=block_size, kv_dtype=EIGHT_BITS)
+    check(given, rows=32, k_scale=0.4, v_scale=3.0)
+
+
+@pytest.mark.parametrize("head_dim", [34, 64, 80, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_head_sizes_of_8_bits(head_dim: int, block_size: int, device: torch.device) -> None:
+    check(step([(9, 150)], device, head_dim=head_dim, block_size=block_size, kv_dtype=EIGHT_BITS))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_options_with_8_bits(splits: int, block_size: int, device: torch.device) -> None:
+    """The cap and the sinks are of scores, not of what is stored."""
+    given = step(LONG, device, heads=(4, 1), block_size=block_size, dtype=torch.bfloat16, kv_dtype=EIGHT_BITS)
+    given = given.without_blocks_before(70)
+    sinks = torch.tensor([0.5, -3.0, 60.0, 2.0], device=device)
+    check(given, window=70, softcap=2.0, sinks=sinks, splits=splits, k_scale=1.7, v_scale=0.2)
+
+
+def test_8_bits_need_a_gpu_that_has_them(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eight_bits, "target_architecture", lambda: 86)
+    given = step([(3, 20)], device, kv_dtype=EIGHT_BITS)
+    with pytest.raises(ValueError, match="kv is float8_e4m3fn; it must be float16"):
+        prefill_attention(**given.arguments())
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_rows_in_no_chunk_are_left_alone(splits: int, device: torch.device) -> None:
     check(step([(5, 70), (3, 0)], device, before=4, after=6), splits=splits)
@@ -178,7 +210,8 @@ def test_the_same_whatever_else_is_in_the_step(device: torch.device) -> None:
         ("q", lambda x: x[:, ::2], "q has strides"),
         ("q", lambda x: x[:, :3], "q has 3 heads; they must be a multiple of the 2 of kv"),
         ("q", lambda x: x[..., :32].contiguous(), "kv has heads of 64; they must be of 32"),
-        ("kv", lambda x: x.float(), "kv is float32; it must be float16"),
+        ("kv", lambda x: x.float(), "kv is float32; it must be float16, float8_e4m3fn"),
+        ("q", lambda x: x.float(), "kv is float16; it must be float32"),
         ("kv", lambda x: x[:, :, :1], r"kv is .*; it must be \[any, any, 2, any, any\]"),
         ("kv", lambda x: x[:, :12], "kv has blocks of 12 tokens; they must be of a power of two"),
         ("kv", lambda x: x[:, ::2], "kv has strides"),
@@ -206,6 +239,8 @@ def test_the_same_whatever_else_is_in_the_step(device: torch.device) -> None:
         ("sinks", lambda x: torch.zeros(4, dtype=torch.int32), "sinks is int32"),
         ("lse", lambda x: torch.zeros(5, 4).half(), "lse is float16; it must be float32"),
         ("lse", lambda x: torch.zeros(5, 3), r"lse is \[5, 3\]; it must be \[5, 4\]"),
+        ("k_scale", lambda x: 0.0, "k_scale is 0.0; it must be positive and finite"),
+        ("v_scale", lambda x: float("nan"), "v_scale is nan; it must be positive and finite"),
         ("splits", lambda x: 0, "splits is 0; it must be 1 to 16"),
         ("splits", lambda x: 17, "splits is 17; it must be 1 to 16"),
         ("max_len", lambda x: -1, "max_len is -1; it must be 0 or more"),
