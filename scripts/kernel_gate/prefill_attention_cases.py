@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from chiron_kernels.gpu.launch import HOPPER, Launch
 from chiron_kernels.gpu.merge_parts import merge_parts_launch
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.prefill_attention import prefill_attention_launch
 from chiron_kernels.gpu.query_blocks import QueryBlocks, block_capacity, block_rows, query_blocks_launch
 
@@ -35,6 +36,7 @@ class Geometry:
     chunks: int = 1
     chunk: int = CHUNK
     dtype: torch.dtype = torch.bfloat16
+    eight_bits: bool = False
 
     @property
     def group(self) -> int:
@@ -43,7 +45,8 @@ class Geometry:
     def __str__(self) -> str:
         short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
         step = f"{self.chunks}x{self.chunk}"
-        return f"{self.heads[0]}/{self.heads[1]} D{self.head_dim} page {self.block_size} {step} {short}"
+        kv = " fp8 kv" if self.eight_bits else ""
+        return f"{self.heads[0]}/{self.heads[1]} D{self.head_dim} page {self.block_size} {step} {short}{kv}"
 
 
 def _ids(*shape: int) -> torch.Tensor:
@@ -74,7 +77,8 @@ def _attention(
     dim, dtype, tokens = geometry.head_dim, geometry.dtype, geometry.chunks * geometry.chunk
     packed = torch.empty(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype, device="meta")
     layer = geometry.block_size * 2 * kv_heads * dim
-    pool = torch.empty(POOL_BLOCKS, LAYERS * layer, dtype=dtype, device="meta")
+    stored = EIGHT_BITS if geometry.eight_bits else dtype
+    pool = torch.empty(POOL_BLOCKS, LAYERS * layer, dtype=stored, device="meta")
     sums = None
     out = torch.empty(tokens, heads, dim, dtype=dtype, device="meta")
     if splits > 1:
@@ -120,6 +124,8 @@ def _attention_cases(geometry: Geometry, **options) -> list[Case]:
     newer = tuple(a for a in ARCHITECTURES if a >= HOPPER)
     older = tuple(a for a in ARCHITECTURES if a < HOPPER)
     units = mean > WARP_GROUP_ROWS // 2
+    if geometry.eight_bits:  # read 4 or 8 bytes at a time by address: Triton lays them out for the product
+        return [Case(name, launch, newer, matrix_units=units, tensor_loads=tensor_loads)]
     return [
         Case(name, launch, newer, NARROW_LOADS, units, tensor_loads),
         Case(name, launch, older, NARROW_LOADS),
@@ -138,14 +144,20 @@ def cases() -> list[Case]:
     for heads, kv_heads, dim in MODELS:
         for page in (16, 64):
             found += _attention_cases(Geometry((heads, kv_heads), dim, page))
+            found += _attention_cases(Geometry((heads, kv_heads), dim, page, eight_bits=True))
     for page in (16, 64):
         for dim in (64, 128, 256):
             geometry = Geometry((32, 8), dim, page)
             found += _attention_cases(geometry, window=4096)
             found += _attention_cases(geometry, window=128, softcap=50.0, sinks=True)
+            eight_bits = replace(geometry, eight_bits=True)
+            found += _attention_cases(eight_bits, window=128, softcap=50.0, sinks=True)
             for chunks, chunk in SHORT:
                 found += _attention_cases(Geometry((32, 8), dim, page, chunks, chunk))
                 found += _attention_cases(Geometry((32, 8), dim, page, chunks, chunk), splits=4)
+                short = Geometry((32, 8), dim, page, chunks, chunk, eight_bits=True)
+                found += _attention_cases(short)
+                found += _attention_cases(short, splits=4)
         found += _attention_cases(Geometry((32, 8), 128, page), splits=4)
         found += _attention_cases(Geometry((32, 8), 128, page), softcap=50.0)
         found += _attention_cases(Geometry((64, 8), 64, page), window=128, sinks=True)

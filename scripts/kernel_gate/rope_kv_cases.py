@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from chiron_kernels.gpu.launch import Launch
+from chiron_kernels.gpu.launch import HOPPER, Launch
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.rope_kv import rope_kv_write_launch
 
-from scripts.kernel_gate.case import Case
+from scripts.kernel_gate.case import ARCHITECTURES, Case
 
 ROWS = 64
 
@@ -34,7 +35,7 @@ SHAPES = {
 }
 
 
-def _launch(heads: Heads, dtype: torch.dtype) -> Launch:
+def _launch(heads: Heads, dtype: torch.dtype, stored: torch.dtype) -> Launch:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -45,7 +46,7 @@ def _launch(heads: Heads, dtype: torch.dtype) -> Launch:
         empty(ROWS, (heads.queries + 2 * heads.kv) * heads.dim),
         angles,
         angles,
-        empty(8, 16, 2, heads.kv, heads.dim),
+        empty(8, 16, 2, heads.kv, heads.dim, dtype=stored),
         places,
         places,
         heads.queries,
@@ -58,9 +59,20 @@ def _launch(heads: Heads, dtype: torch.dtype) -> Launch:
 
 
 def cases() -> list[Case]:
-    """narrow_loads: where a token goes, its block and its offset, for keys and again for values."""
+    """narrow_loads: where a token goes, its block and its offset, for keys and again for values. Pools of
+    8 bits: where Triton 3.6 writes them."""
+    kinds = (
+        (torch.bfloat16, torch.bfloat16, "bf16"),
+        (torch.float16, torch.float16, "fp16"),
+        (torch.bfloat16, EIGHT_BITS, "bf16 fp8 kv"),
+    )
     return [
-        Case(f"rope_kv_write {name} {short}", lambda h=heads, d=dtype: _launch(h, d), narrow_loads=4)
+        Case(
+            f"rope_kv_write {name} {short}",
+            lambda h=heads, d=dtype, s=stored: _launch(h, d, s),
+            tuple(a for a in ARCHITECTURES if a >= HOPPER or stored != EIGHT_BITS),
+            narrow_loads=4,
+        )
         for name, heads in SHAPES.items()
-        for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+        for dtype, stored, short in kinds
     ]

@@ -1,4 +1,4 @@
-"""Keys and values in a pool of 8 bits: scaled, rounded to nearest even, never more than the largest number."""
+"""Keys and values in a pool of 8 bits: scaled, rounded to nearest even, and never more than the largest."""
 
 from __future__ import annotations
 
