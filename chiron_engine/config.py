@@ -9,6 +9,7 @@ from numbers import Integral
 GIB = 1 << 30
 DEVICE_NUMBER = re.compile(r"(?<=^cuda:)\d+$", re.ASCII)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 KERNELS = ("auto", "compiled", "triton", "torch")
 EXECUTORS = ("torch", "simulated")
@@ -23,9 +24,11 @@ class EngineConfig:
     """One engine. Names follow vLLM's flags where the meaning is the same.
 
     model: a Hugging Face directory or id, a .gguf file, or `smollm2`. dtype: auto, float32, bfloat16,
-    float16 (CUDA) or int8 (CPU). device: auto, cpu, cuda or cuda:N. kernels: compiled (CPU), triton (CUDA),
-    torch (either), or auto for the quickest the device has. block_size: tokens a KV block holds; None
-    takes 64 with Triton's kernels, which read a block at a time, and 16 elsewhere.
+    float16 (CUDA) or int8 (CPU). kv_cache_dtype: auto, which is dtype's (bfloat16 with int8), or fp8 and
+    fp8_e4m3, which are the same: 8 bits, for Triton's kernels and GPUs of compute capability 8.9 or more.
+    device: auto, cpu, cuda or cuda:N. kernels: compiled (CPU), triton (CUDA), torch (either), or auto for the
+    quickest the device has. block_size: tokens a KV block holds; None takes 64 with Triton's kernels, which
+    read a block at a time, and 16 elsewhere.
     kv_cache_memory: bytes of the device KV pool; None takes a share of what is free
     (`gpu_memory_utilization` of the device on CUDA). swap_space: bytes of the host KV tier.
     max_model_len: None takes the model's own context length.
@@ -46,6 +49,7 @@ class EngineConfig:
     model: str
     served_model_name: str | None = None
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     kernels: str = "auto"
     block_size: int | None = None
@@ -77,6 +81,7 @@ class EngineConfig:
         _one_of("executor", self.executor, EXECUTORS)
         self._check_simulated()
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("device", DEVICE_NUMBER.sub("N", self.device), DEVICES)
         for name in WHOLE:

@@ -8,7 +8,15 @@ from typing import Any
 
 import typer
 
-from chiron_engine.config import DEVICES, DTYPES, EXECUTORS, KERNELS, MOST_GUESSES, EngineConfig
+from chiron_engine.config import (
+    DEVICES,
+    DTYPES,
+    EXECUTORS,
+    KERNELS,
+    KV_CACHE_DTYPES,
+    MOST_GUESSES,
+    EngineConfig,
+)
 from chiron_engine.policy.iteration.local_autoscaler import LOCAL_AUTOSCALERS
 
 from .exits import usage_errors
@@ -41,6 +49,13 @@ ENGINE_OPTIONS = dict(
     (
         _entry("served_model_name", "--served-model-name", str | None, "Name clients see for the model."),
         _entry("dtype", "--dtype", str, "Type of weights and KV.", **choice(DTYPES)),
+        _entry(
+            "kv_cache_dtype",
+            "--kv-cache-dtype",
+            str,
+            "Type of KV: 8 bits need a GPU from 8.9 on.",
+            **choice(KV_CACHE_DTYPES),
+        ),
         _entry("device", "--device", str, "Where the model runs.", metavar="|".join(DEVICES)),
         _entry("kernels", "--kernels", str, "What computes between the matrix products.", **choice(KERNELS)),
         _entry("max_num_seqs", "--max-num-seqs", int | None, "Requests that run at once (64).", min=1),

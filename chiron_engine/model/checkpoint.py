@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def names(self) -> Iterable[str]:
+        """Of all tensors there are."""
+        return self._file_of.keys()
+
+    def read_number(self, name: str) -> float:
+        """Of a tensor that holds one."""
+        file, opened = self._opened(name)
+        shape = opened.get_slice(name).get_shape()
+        if math.prod(shape) != 1:
+            raise ModelError(f"{file}: {name} has shape {list(shape)}; it must be one number")
+        return float(self._checked(name, shape, file, opened))
 
     def read(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """The tensor in the dtype and on the device asked for. Where no conversion is needed it is

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from chiron_engine.model import hugging_face_attention
 from chiron_engine.model.attention import AttentionBackend, AttentionBatch
+from chiron_engine.model.checkpoint import Checkpoint
 from chiron_engine.model.directory import CONFIG, eos_token_ids, model_name, read_json
 from chiron_engine.model.errors import ModelError
 from chiron_engine.model.hugging_face_attention import FORWARD, LayerAttention, PagedForward, Probe
 from chiron_engine.model.hugging_face_config import context_length, layer_windows, refuse_unsupported
 from chiron_engine.model.kernel_choice import Kernels
+from chiron_engine.model.kv_cache_dtype import check_kv_heads
 from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.kv_scales import read_kv_scales
 from chiron_engine.model.parts import backend_for
 from chiron_engine.model.precision import Precision
 from chiron_engine.model.spec import ModelSpec
@@ -115,7 +119,11 @@ class HuggingFaceModel:
         report("self-check", 0.0)
         architecture = check_supported(config)
         report("load weights", 0.0)
-        packed = PackedModel(_load(path, precision.compute, device), backend_for(kernels, device))
+        scales = None
+        if precision.kv == EIGHT_BITS:
+            scales = read_kv_scales(Checkpoint(path, precision.compute, device))
+        loaded = _load(path, precision.compute, device)
+        packed = PackedModel(loaded, backend_for(kernels, device, scales))
         report("load weights", 1.0)
         self.precision, self.kernels = precision, kernels
         self.capturable = False  # what a family's own code launches is not known
@@ -129,6 +137,7 @@ class HuggingFaceModel:
             eos_token_ids=eos_token_ids(path, raw),
             path=path,
         )
+        check_kv_heads(self.spec.layers, precision)
 
     def forward(
         self,

@@ -109,11 +109,24 @@ def _head_dim(config: dict[str, Any], architecture: str, hidden_size: int, heads
 
 
 def _refuse(config: dict[str, Any]) -> None:
-    if config.get("quantization_config"):
+    quantised = config.get("quantization_config")
+    if quantised and not _scales_kv_alone(quantised):
         raise ModelError("config.json: quantization_config: quantised checkpoints are not supported")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"config.json: hidden_act {activation!r} is not supported, only silu")
+
+
+def _scales_kv_alone(quantised: Any) -> bool:
+    """Whether a quantization_config leaves the weights as they are, and gives a scale for the keys and one
+    for the values of each layer: then it changes nothing but what KV of 8 bits is divided by."""
+    if not isinstance(quantised, dict) or quantised.get("quant_method") != "compressed-tensors":
+        return False
+    scheme = quantised.get("kv_cache_scheme")
+    if quantised.get("config_groups") or not isinstance(scheme, dict):
+        return False
+    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    return not scheme.get("dynamic") and all(scheme.get(name) == value for name, value in wanted.items())
 
 
 def _rope(config: dict[str, Any], head_dim: int) -> RopeSettings:

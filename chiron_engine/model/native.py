@@ -10,14 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from chiron_kernels.gpu.paged_kv import LARGEST_HEAD
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS, LARGEST_HEAD
 from torch.nn.functional import embedding
 
 from chiron_engine.model.attention import AttentionBatch, ScoreRule
 from chiron_engine.model.checkpoint import Checkpoint
 from chiron_engine.model.directory import CONFIG, eos_token_ids, model_name, read_json
 from chiron_engine.model.kernel_choice import Kernels
+from chiron_engine.model.kv_cache_dtype import check_kv_heads
 from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.kv_scales import is_attention_scale, read_kv_scales
 from chiron_engine.model.llama_config import LlamaConfig, parse_config
 from chiron_engine.model.parts import AnyLinear, MakeLinear, Parts, parts_for
 from chiron_engine.model.precision import Precision
@@ -89,8 +91,10 @@ class LlamaModel:
             eos_token_ids=eos_token_ids(path, raw),
             path=path,
         )
+        check_kv_heads(self.spec.layers, precision)
         weights = Checkpoint(path, precision.compute, device)
-        parts = parts_for(precision, device, kernels)
+        scales = read_kv_scales(weights) if precision.kv == EIGHT_BITS else None
+        parts = parts_for(precision, device, kernels, scales)
         table = (config.vocab_size, config.hidden_size)
         # On the CPU the table is only looked up in, so that little of it need be in memory: the head is
         # packed apart from it even where the two are tied.
@@ -138,5 +142,6 @@ class LlamaModel:
 
 
 def _is_derived(name: str) -> bool:
-    """A tensor that some checkpoints carry and this decoder computes, or ties to the embedding."""
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+    """A tensor that some checkpoints carry and this decoder computes, ties to the embedding, or needs for KV
+    of 8 bits alone."""
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq") or is_attention_scale(name)

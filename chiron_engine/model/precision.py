@@ -17,6 +17,12 @@ class Precision:
     kv: torch.dtype
     int8_weights: bool = False
 
+    def describe(self) -> str:
+        """As `--dtype` has it, and what the pool holds where that is another choice."""
+        if self.kv == PRECISIONS[self.name].kv:
+            return self.name
+        return f"{self.name}, KV {str(self.kv).removeprefix('torch.')}"
+
 
 FLOAT32 = Precision("float32", torch.float32, torch.float32)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, torch.bfloat16)

@@ -174,18 +174,23 @@ def paged_error(model: Any) -> float:
 
 
 def run_paged(
-    packed: Any, prompts: list[torch.Tensor], generator: torch.Generator, layers: Any = None
+    packed: Any,
+    prompts: list[torch.Tensor],
+    generator: torch.Generator,
+    layers: Any = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
     """Logits of every position of every prompt: each prompt in two or three chunks, the last of
-    its tokens one by one as decodes, all prompts together, over a random permutation of blocks."""
+    its tokens one by one as decodes, all prompts together, over a random permutation of blocks.
+    dtype: of the pool."""
     geometry = layers if layers is not None else [layer.geometry for layer in packed.layers]
     tables, count = [], 1
     for prompt in prompts:
         tables.append(list(range(count, count + -(-len(prompt) // _BLOCK_SIZE))))
         count += len(tables[-1])
-    pool = KvPool(count, _BLOCK_SIZE, geometry, torch.float32)
-    # Whatever is read before it was written shows.
-    pool.storage.view(torch.float32).fill_(torch.nan)
+    pool = KvPool(count, _BLOCK_SIZE, geometry, dtype)
+    # Whatever is read before it was written shows: with all bits set, floats of every size are NaN.
+    pool.storage.fill_(0xFF)
     order = torch.randperm(count, generator=generator)
     scattered = [order[torch.tensor(table)] for table in tables]
     logits: list[list[torch.Tensor]] = [[] for _ in prompts]

@@ -7,19 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from chiron_kernels.gpu.checks import HALVES
 from chiron_kernels.gpu.decode_attention import decode_attention
 from chiron_kernels.gpu.decode_plan import DecodeSplits
 from chiron_kernels.gpu.decode_splits import decode_splits
 from chiron_kernels.gpu.kv_write import kv_write
-from chiron_kernels.gpu.paged_kv import LARGEST_HEAD
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS, LARGEST_HEAD
 from chiron_kernels.gpu.prefill_attention import prefill_attention
 from chiron_kernels.gpu.query_blocks import QueryBlocks, query_blocks
 from chiron_kernels.gpu.rope_kv import rope_kv_write
 
 from chiron_engine.model.attention import AttentionBatch, ScoreRule, TorchAttention
 from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.kv_scales import KvScales, LayerScales
 from chiron_engine.model.rope import Angles
 from chiron_engine.model.self_attention import HeadNorms, Heads
+
+_UNSCALED = KvScales()
 
 
 @dataclass(slots=True, eq=False)
@@ -35,9 +39,10 @@ class _Chunks:
 
 
 class TritonAttention:
-    """Heads over LARGEST_HEAD go through torch."""
+    """Heads over LARGEST_HEAD go through torch. scales: of a pool of 8 bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, scales: LayerScales | None = None) -> None:
+        self._scales = scales or {}
         self._torch = TorchAttention()
         self._chunks: _Chunks | None = None
         self._splits: dict[tuple[torch.Size, int | None], DecodeSplits] = {}
@@ -62,10 +67,18 @@ class TritonAttention:
         if q.shape[2] > LARGEST_HEAD:
             return self._torch.attend(layer, q, k, v, pool, batch, rule)
         # Some models turn queries and keys in float32, and give heads apart.
-        stored = pool.dtype
-        kv_write(k.to(stored), v.to(stored), pool.kv(layer), batch.write_blocks, batch.write_offsets)
-        out = self.attend_stored(layer, q.to(stored).contiguous(), pool, batch, rule)
+        if pool.dtype == EIGHT_BITS:
+            written = torch.promote_types(k.dtype, v.dtype)
+            computed = q.dtype if q.dtype in HALVES else torch.float16
+        else:
+            written = computed = pool.dtype
+        places, scales = (batch.write_blocks, batch.write_offsets), self.scales_of(layer)
+        kv_write(k.to(written), v.to(written), pool.kv(layer), *places, scales.keys, scales.values)
+        out = self.attend_stored(layer, q.to(computed).contiguous(), pool, batch, rule)
         return out.to(q.dtype)
+
+    def scales_of(self, layer: int) -> KvScales:
+        return self._scales.get(layer, _UNSCALED)
 
     def attend_stored(
         self,
@@ -76,7 +89,7 @@ class TritonAttention:
         rule: ScoreRule,
     ) -> torch.Tensor:
         """As `attend`, where the keys and values of the rows are in the pool already."""
-        kv, count = pool.kv(layer), batch.num_decodes
+        kv, count, scales = pool.kv(layer), batch.num_decodes, self.scales_of(layer)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if count:
             decode_attention(
@@ -90,6 +103,8 @@ class TritonAttention:
                 window=rule.window,
                 softcap=rule.softcap,
                 sinks=rule.sinks,
+                k_scale=scales.keys,
+                v_scale=scales.values,
                 out=out[:count],
             )
         if self._chunks is not None:
@@ -107,6 +122,8 @@ class TritonAttention:
                 softcap=rule.softcap,
                 sinks=rule.sinks,
                 max_len=chunks.longest,
+                k_scale=scales.keys,
+                v_scale=scales.values,
                 out=out[count:],
             )
         return out
@@ -154,7 +171,7 @@ class FusedSelfAttention:
         pool: KvPool,
         rule: ScoreRule,
     ) -> torch.Tensor:
-        heads = self._heads
+        heads, scales = self._heads, self._backend.scales_of(layer)
         q = rope_kv_write(
             qkv,
             *angles,
@@ -166,5 +183,7 @@ class FusedSelfAttention:
             None if norms is None else norms.query,
             None if norms is None else norms.key,
             heads.eps,
+            scales.keys,
+            scales.values,
         )
         return self._backend.attend_stored(layer, q, pool, batch, rule).flatten(1)

@@ -12,6 +12,7 @@ import torch
 from chiron_engine.config import EngineConfig
 from chiron_engine.model.cpu_kernels import why_not_int8
 from chiron_engine.model.kernel_choice import Kernels, named_kernels
+from chiron_engine.model.kv_cache_dtype import check_kv_cache_dtype, with_kv_cache_dtype
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.loader import CausalLM, default_precision, load_model
 from chiron_engine.model.precision import PRECISIONS, Precision
@@ -56,12 +57,15 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
     precision = named_precision(config.dtype, device)
     kernels = named_kernels(config.kernels, device)
     check_capacities(config, kernels)
+    check_kv_cache_dtype(config.kv_cache_dtype, kernels, device)
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     if device.type == "cpu":
         keep_freed_memory()
     try:
         path = resolve_model(config.model, progress)
-        model = _load(path, precision or default_precision(path, device, kernels), device, kernels, report)
+        precision = precision or default_precision(path, device, kernels)
+        precision = with_kv_cache_dtype(precision, config.kv_cache_dtype)
+        model = _load(path, precision, device, kernels, report)
         check_model(model.spec, model.kernels)
         graphs = graph_capture_for(config, model, device)
         executor = _with_pools(config, model, device, graphs, report)
@@ -159,7 +163,7 @@ def _with_pools(
     if device.type == "cuda":
         _check_swap_space(sizes.host_blocks * block_bytes, available_bytes())
     executor = make_executor(config, model, sizes, device)
-    report(f"{sizes.describe()}; dtype {model.precision.name}", 1.0)
+    report(f"{sizes.describe()}; dtype {model.precision.describe()}", 1.0)
     return executor
 
 

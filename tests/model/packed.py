@@ -18,10 +18,13 @@ def random_prompts(
     return [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
 
 
-def paged_logits(model: Any, prompts: list[torch.Tensor], seed: int = 0) -> list[torch.Tensor]:
-    """All positions' logits from chunks and decodes in mixed batches over scattered blocks."""
+def paged_logits(
+    model: Any, prompts: list[torch.Tensor], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """All positions' logits from chunks and decodes in mixed batches over scattered blocks. dtype: of the
+    pool."""
     with torch.inference_mode():
-        return run_paged(model, prompts, torch.Generator().manual_seed(seed), model.spec.layers)
+        return run_paged(model, prompts, torch.Generator().manual_seed(seed), model.spec.layers, dtype)
 
 
 def eager_logits(model: Any, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
