@@ -76,6 +76,9 @@ def _attention(
     heads, kv_heads = geometry.heads
     dim, dtype, tokens = geometry.head_dim, geometry.dtype, geometry.chunks * geometry.chunk
     packed = torch.empty(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype, device="meta")
+    q = packed[:, : heads * dim].unflatten(1, (heads, dim))
+    if geometry.eight_bits:
+        q = q.to(torch.float16)
     layer = geometry.block_size * 2 * kv_heads * dim
     stored = EIGHT_BITS if geometry.eight_bits else dtype
     pool = torch.empty(POOL_BLOCKS, LAYERS * layer, dtype=stored, device="meta")
@@ -85,7 +88,7 @@ def _attention(
         sums = torch.empty(splits, tokens, heads, device="meta")
         out = torch.empty(splits, tokens, heads, dim, device="meta")
     return prefill_attention_launch(
-        packed[:, : heads * dim].unflatten(1, (heads, dim)),
+        q,
         pool[:, :layer].unflatten(1, (geometry.block_size, 2, kv_heads, dim)),
         _ids(SLOTS, TABLE_WIDTH),
         _ids(geometry.chunks),
@@ -124,12 +127,10 @@ def _attention_cases(geometry: Geometry, **options) -> list[Case]:
     newer = tuple(a for a in ARCHITECTURES if a >= HOPPER)
     older = tuple(a for a in ARCHITECTURES if a < HOPPER)
     units = mean > WARP_GROUP_ROWS // 2
-    if geometry.eight_bits:  # read 4 or 8 bytes at a time by address: Triton lays them out for the product
-        return [Case(name, launch, newer, matrix_units=units, tensor_loads=tensor_loads)]
-    return [
-        Case(name, launch, newer, NARROW_LOADS, units, tensor_loads),
-        Case(name, launch, older, NARROW_LOADS),
-    ]
+    found = [Case(name, launch, newer, NARROW_LOADS, units, tensor_loads)]
+    if not geometry.eight_bits:
+        found.append(Case(name, launch, older, NARROW_LOADS))
+    return found
 
 
 MODELS = ((32, 8, 128), (32, 8, 64), (16, 8, 256), (28, 4, 128), (9, 3, 64), (32, 32, 96), (32, 32, 80))

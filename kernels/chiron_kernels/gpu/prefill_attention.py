@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from chiron_kernels.gpu.checks import check_dtype
 from chiron_kernels.gpu.eight_bits import check_scales, check_target
 from chiron_kernels.gpu.launch import HOPPER, Launch, target_architecture
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
@@ -125,8 +126,6 @@ def _prefill_attention(
     within = exists[:, None] & (dim < HEAD_DIM)[None, :]
     q_row = q + (start + token) * q_stride + q_head * HEAD_DIM
     q_tile = tl.load(q_row[:, None] + dim[None, :], mask=within, other=0.0)
-    if EIGHT_BITS:
-        q_tile = q_tile.to(tl.float16)
 
     # Tiles of the block, as drawn above, and this split's part of them.
     first = context + first_row // GROUP
@@ -205,13 +204,15 @@ def _launch(
 ) -> Launch:
     """As `prefill_attention_launch`, its arguments but out and sums checked."""
     q, kv, tables, table_rows, query_starts, context_lens, blocks, scale = inputs
-    check_out(q, out, sums)
+    check_out(q, kv, out, sums)
     check_target(kv)
     check_scales(k_scale, v_scale)
     architecture = target_architecture()
     tile = tiling(shape, blocks.rows, kv, architecture)
     dim = triton.next_power_of_2(shape.head_dim)
     score_scale = scale * k_scale
+    converts = kv.dtype == EIGHT_BITS and not tile.by_tensor
+    hurried = dim <= 64 and (converts or (architecture > HOPPER and tile.warps == 8))
     pages = None
     if tile.by_tensor:
         pages = TensorDescriptor(kv, list(kv.shape), list(kv.stride()), [1, tile.keys, 1, 1, dim])
@@ -259,7 +260,7 @@ def _launch(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
-        max_registers=UNHURRIED if architecture > HOPPER and dim <= 64 and tile.warps == 8 else None,
+        max_registers=UNHURRIED if hurried else None,
     )
 
 
@@ -281,11 +282,17 @@ def prefill_attention_launch(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> Launch:
-    """Without sums, out is [T, Hq, D] as q and lse as in `prefill_attention`, written. With sums, float32
-    [P, T, Hq], the keys are dealt to P splits: out is float32 [P, T, Hq, D], both are written for
-    `merge_parts_launch`, and lse is left alone. Otherwise as `prefill_attention`."""
+    """q is float16 for a pool of 8 bits. Converted in the kernel, it would stay in registers for all tiles;
+    as it was loaded, the products read it from shared memory.
+
+    Without sums, out is [T, Hq, D] as q, or float16 or bfloat16 for a pool of 8 bits, and lse as in
+    `prefill_attention`, written. With sums, float32 [P, T, Hq], the keys are dealt to P splits: out is
+    float32 [P, T, Hq, D], both are written for `merge_parts_launch`, and lse is left alone. Otherwise as
+    `prefill_attention`."""
     inputs = (q, kv, tables, table_rows, query_starts, context_lens, blocks, scale)
     shape = check_arguments(*inputs, window, softcap, sinks, lse)
+    if kv.dtype == EIGHT_BITS:
+        check_dtype("q", q, (torch.float16,))
     return _launch(shape, inputs, out, window, softcap, sinks, lse, sums, k_scale, v_scale)
 
 
@@ -338,10 +345,12 @@ def prefill_attention(
         raise ValueError(f"splits is {splits}; it must be 1 to {MOST_SPLITS}")
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    check_out(q, kv, out, None)
+    if kv.dtype == EIGHT_BITS:
+        inputs = (q.to(torch.float16), *inputs[1:])
     if splits == 1:
         _launch(shape, inputs, out, window, softcap, sinks, lse, None, k_scale, v_scale).run()
         return out
-    check_out(q, out, None)
     partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
     sums = torch.empty(splits, *q.shape[:2], dtype=torch.float32, device=q.device)
     _launch(shape, inputs, partial, window, softcap, sinks, None, sums, k_scale, v_scale).run()

@@ -62,8 +62,9 @@ def tiling(shape: PrefillShape, rows: int, kv: torch.Tensor, architecture: int) 
         warps = 8 if dim > 64 or rows >= 64 else 4
         return Tiling(keys, warps, stages=2 if short and dim > 128 else 3, by_tensor=False)
     keys = 64 if dim <= 128 else 32
-    warps = 8 if rows > 64 or (dim > 128 and rows > 32) else 4
     by_tensor = shape.block_size >= keys and aligned_for_tensor_copies(kv)
+    converts = kv.dtype == EIGHT_BITS and not by_tensor
+    warps = 8 if rows > 64 or (dim > 128 and rows > (16 if converts else 32)) else 4
     spills = dim <= 64 and rows == 32 and not by_tensor
     return Tiling(keys, warps, stages=2 if spills else 3, by_tensor=by_tensor)
 
@@ -95,11 +96,12 @@ def choose_splits(
     return max(1, min(multiprocessors // programs, keys // LEAST_SPLIT_KEYS, MOST_SPLITS))
 
 
-def check_out(q: torch.Tensor, out: torch.Tensor, sums: torch.Tensor | None) -> None:
-    """out: as q; with sums, float32 [P, T, Hq], a float32 result for each of the P splits."""
+def check_out(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, sums: torch.Tensor | None) -> None:
+    """out: as q, or of 16 bits where kv is of 8; with sums, float32 [P, T, Hq], a float32 result for each of
+    the P splits."""
     if sums is None:
         check_shape("out", out, tuple(q.shape))
-        check_dtype("out", out, (q.dtype,))
+        check_dtype("out", out, HALVES if kv.dtype == EIGHT_BITS else (q.dtype,))
     else:
         check_shape("sums", sums, (None, *q.shape[:2]))
         check_shape("out", out, (sums.shape[0], *q.shape))

@@ -79,7 +79,7 @@ def attend_tiles(
             keys = _load_rows(at, exists, dim, MASKED, HEAD_DIM, DIM)
             values = _load_rows(at + value_offset, exists, dim, MASKED, HEAD_DIM, DIM)
         if EIGHT_BITS:
-            keys, values = keys.to(tl.float16), values.to(tl.float16)
+            keys = keys.to(tl.float16)
         score = tl.dot(q_tile, tl.trans(keys), input_precision="ieee")
         if HAS_CAP:
             score = 2 * tl.sigmoid(2 * cap_scale * score) - 1  # tanh of cap_scale times score
@@ -94,6 +94,8 @@ def attend_tiles(
         weight = tl.exp2(score * unit - new_highest[:, None])
         fade = tl.exp2(highest - new_highest)
         total = total * fade + tl.sum(weight, axis=1)
+        if EIGHT_BITS:  # no earlier: twice the size, they would stay in registers until now
+            values = values.to(tl.float16)
         acc = tl.dot(weight.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
         highest = new_highest
         ids = next_ids
