@@ -20,7 +20,8 @@ TINY_KEYS, TINY_REQUESTS, TINY_KV_HEADS = 80, 2, 2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCase:
     """prompts: first in the batch. decodes: keys of each decoding request, its `query_len` new tokens
-    included. shared: keys that all requests have in common. Everything in bfloat16."""
+    included. shared: keys that all requests have in common. Everything in bfloat16, but for keys and values
+    where kv_dtype says otherwise."""
 
     name: str
     prompts: tuple[Request, ...] = ()
@@ -32,6 +33,7 @@ class AttentionCase:
     query_len: int = 1
     window: int | None = None
     shared: int = 0
+    kv_dtype: torch.dtype = torch.bfloat16
     goal: Goal | None = None
 
     @property
@@ -51,9 +53,8 @@ class AttentionCase:
         seen = sum(self._keys_seen(request) for request in self.requests)
         seen -= self.shared * (len(self.requests) - 1)
         pairs = sum(self._pairs(request) for request in self.requests)
-        itemsize = torch.bfloat16.itemsize
-        token = 2 * self.kv_heads * self.head_dim * itemsize
-        row = 2 * self.heads * self.head_dim * itemsize
+        token = 2 * self.kv_heads * self.head_dim * self.kv_dtype.itemsize
+        row = 2 * self.heads * self.head_dim * torch.bfloat16.itemsize
         return Work(seen * token + rows * row, 4 * self.heads * self.head_dim * pairs)
 
     def _keys_seen(self, request: Request) -> int:
@@ -96,10 +97,13 @@ class AttentionCase:
             device,
             self.window,
             self.shared,
+            self.kv_dtype,
         )
         parts = [part for part in (self._prefill(inputs), self._decode(inputs)) if part is not None]
         calls = [functools.partial(_attend, parts, layer) for layer in inputs.layers]
-        return Prepared(calls, lambda i, parts: inputs.error(i, torch.cat(parts)), ERROR_LIMIT, inputs)
+        # Peers are prepared for keys and values of the type of the queries.
+        compared = inputs if self.kv_dtype == inputs.q.dtype else None
+        return Prepared(calls, lambda i, parts: inputs.error(i, torch.cat(parts)), ERROR_LIMIT, compared)
 
     def _prefill(self, inputs: AttentionInputs) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if not self.prompts:

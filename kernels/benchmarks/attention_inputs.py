@@ -32,8 +32,8 @@ class Request:
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionInputs:
     """q: [T, Hq, D], the requests' rows one after another. layers: of [num_blocks, block_size, 2, Hkv, D].
-    tables: int64 [B, W] block ids, unused columns 0. window: keys a row sees, itself included, None for
-    all."""
+    tables: int64 [B, W] block ids, unused columns 0. window: keys a row sees, itself included, None for all.
+    Scales of 8-bit keys and values are 1."""
 
     requests: tuple[Request, ...]
     q: torch.Tensor
@@ -103,13 +103,17 @@ def make_inputs(
     device: torch.device,
     window: int | None = None,
     shared: int = 0,
+    kv_dtype: torch.dtype = torch.bfloat16,
 ) -> AttentionInputs:
-    """In bfloat16. shared: keys, a multiple of block_size, that all requests have in the same blocks."""
+    """q in bfloat16. shared: keys, a multiple of block_size, that all requests have in the same blocks."""
     generator = torch.Generator(device).manual_seed(0)
     tables, blocks = _random_tables(requests, block_size, shared // block_size, device)
-    storage = torch.empty(
-        blocks, layers, block_size, 2, kv_heads, head_dim, dtype=torch.bfloat16, device=device
-    ).normal_(generator=generator)
+    storage = torch.empty(blocks, layers, block_size, 2, kv_heads, head_dim, dtype=kv_dtype, device=device)
+    # A layer after the other: numbers of 8 bits are drawn as wider ones.
+    for layer in storage.unbind(1):
+        layer.copy_(
+            torch.empty(layer.shape, dtype=torch.bfloat16, device=device).normal_(generator=generator)
+        )
     tokens = sum(request.tokens for request in requests)
     q = torch.empty(tokens, heads, head_dim, dtype=torch.bfloat16, device=device).normal_(generator=generator)
     return AttentionInputs(requests, q, list(storage.unbind(1)), tables, head_dim**-0.5, window)

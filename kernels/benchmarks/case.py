@@ -24,13 +24,15 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """unit: of MEASURES in `benchmarks.results`; smaller is better for us, larger for all others."""
+    """unit: one of `CaseResult.measures`; smaller is better for us, larger for all others. than: for the unit
+    `x`, the name of the case whose time in the same run is to be so many times ours."""
 
     value: float
     unit: str
+    than: str = ""
 
     def __str__(self) -> str:
-        return f"{self.value:g} {self.unit}"
+        return f"{self.value:g} {self.unit} {self.than}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)

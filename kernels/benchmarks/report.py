@@ -106,7 +106,10 @@ def _rows(results: Sequence[CaseResult]) -> list[tuple[Any, ...]]:
 def _goal(result: CaseResult) -> str:
     if result.case.goal is None:
         return ""
-    return f"{result.case.goal}: {'reached' if result.reached else 'missed'}"
+    if result.reached is None:
+        return f"{result.case.goal}: not timed in this run"
+    value = f" ({result.measures['x']:.2f})" if result.case.goal.unit == "x" else ""
+    return f"{result.case.goal}: {'reached' if result.reached else 'missed'}{value}"
 
 
 def _peers(result: CaseResult) -> str:

@@ -20,7 +20,8 @@ class PeerResult:
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """error: relative, of the first call."""
+    """error: relative, of the first call. other: seconds of the case that the goal is set against, if it was
+    timed."""
 
     case: Case
     work: Work
@@ -28,23 +29,26 @@ class CaseResult:
     error: float
     ceilings: Ceilings
     peers: list[PeerResult] = field(default_factory=list)
+    other: float | None = None
 
     @property
     def measures(self) -> dict[str, float]:
-        """By unit: time, bytes needed by time, that as a share of the copy, and operations by time."""
+        """By unit: time, bytes needed by time, that as a share of the copy, operations by time, and the time
+        of the other case by ours."""
         rate = self.work.bytes / self.timing.median
-        return {
+        measures = {
             "us": self.timing.median * 1e6,
             "GB/s": rate / 1e9,
             "% of copy": 100 * rate / self.ceilings.copy,
             "TFLOP/s": self.work.flops / self.timing.median / 1e12,
         }
+        return measures if self.other is None else {**measures, "x": self.other / self.timing.median}
 
     @property
     def reached(self) -> bool | None:
-        """None where there is no goal."""
+        """None where there is no goal, or nothing to hold against it."""
         goal = self.case.goal
-        if goal is None:
+        if goal is None or goal.unit not in self.measures:
             return None
         value = self.measures[goal.unit]
         return value <= goal.value if goal.unit == "us" else value >= goal.value

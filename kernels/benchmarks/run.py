@@ -12,13 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.case import Case
+from benchmarks.case import Case, Goal
 from benchmarks.measure import measure, missing_kernels, try_out
 from benchmarks.peers import Peer, all_peers
 from benchmarks.report import estimates, write_results
@@ -117,10 +117,16 @@ class Run:
             self.not_run[case.name] = f"{FAILED}: {reason_of(error)}"
             say(f"{case.name}: {self.not_run[case.name]}")
         else:
-            self.results.append(result)
+            self.results.append(replace(result, other=self._seconds_of(case.goal)))
             say(f"{case.name}: {result.measures['us']:,.1f} us")
         if not device_lives():
             self.broken_by = case.name
+
+    def _seconds_of(self, goal: Goal | None) -> float | None:
+        """Of the case that a goal is set against."""
+        if goal is None:
+            return None
+        return next((r.timing.median for r in self.results if r.case.name == goal.than), None)
 
 
 def describe(device: torch.device) -> dict[str, Any]:

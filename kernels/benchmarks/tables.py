@@ -7,7 +7,10 @@ measured.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from benchmarks.activation import ActivationCase
 from benchmarks.attention import AttentionCase
@@ -22,7 +25,6 @@ K = 1024
 BLOCK_SIZES = (16, 64)
 
 NOT_COVERED = {
-    "decodes over 8-bit keys and values": "the KV pool holds no 8-bit numbers",
     "shared prefix read once (cascade)": "no such kernel; D16 times decode_attention over a shared prefix",
     "torch flex attention as a peer": "compiled anew for each shape, which takes longer than all the rest",
 }
@@ -58,6 +60,22 @@ def decode_cases(block_size: int) -> list[AttentionCase]:
         case("D14 3 drafted tokens, 16 x 8k", (8 * K,) * 16, of_copy(85), query_len=4),
         case("D15 window of 4k, 16 x 32k", (32 * K,) * 16, of_copy(80), window=4 * K),
         case("D16 8k shared by 64, and 256 each", (8 * K + 256,) * 64, None, shared=8 * K),
+    ]
+
+
+EIGHT_BITS_GAIN = 1.6
+"""Half the bytes of keys and values, and more to compute with each."""
+
+
+def eight_bit_cases(block_size: int) -> list[AttentionCase]:
+    """The large decodes over keys and values of 8 bits, to be held against the same in bfloat16; and a
+    prompt, which has more to compute."""
+    large = [case for case in decode_cases(block_size) if case.name.startswith(("D4 ", "D6 ", "D7 ", "D8 "))]
+    prompt = next(case for case in prefill_cases(block_size) if case.name.startswith("P5 "))
+    goals = [(case, Goal(EIGHT_BITS_GAIN, "x", case.name)) for case in large]
+    return [
+        replace(case, name=f"8 bits: {case.name}", kv_dtype=torch.float8_e4m3fn, goal=goal)
+        for case, goal in [*goals, (prompt, None)]
     ]
 
 
@@ -149,6 +167,7 @@ def all_cases() -> list[Case]:
     """The most telling first, should time run out."""
     return [
         *(case for size in BLOCK_SIZES for case in decode_cases(size)),
+        *(case for size in BLOCK_SIZES for case in eight_bit_cases(size)),
         *prefill_cases(64),
         *other_cases(),
         *prefill_cases(16),

@@ -83,13 +83,10 @@ def _model(model: dict[str, Any]) -> list[str]:
             f"- a block of {swap['block_bytes']:,} bytes: out {swap['copy_out_gb_per_s']:.1f} GB/s, "
             f"in {swap['copy_in_gb_per_s']:.1f} GB/s; recomputing a token {swap['recompute_s'] * 1e6:,.1f} us"
         ]
-    run = model["throughput"]
-    lines += [
-        f"- {run['requests']} requests of {run['prompt_tokens']} in, {run['output_tokens_each']} out: "
-        f"{run['output_tokens_per_s']:,.1f} output tokens/s, decode step {run['decode_step_ms_p50']:.2f} ms, "
-        f"{100 * run['outside_executor_share_decode']:.1f} % of it outside the executor",
-        "",
-    ]
+    lines += [f"- {_throughput(model['throughput'])}"]
+    if fp8 := model.get("fp8_kv"):
+        lines += [f"- 8 bits: {fp8['kv']}", f"- 8 bits: {_throughput(fp8['throughput'])}"]
+    lines += [""]
     lines += [
         "Milliseconds of a decode step, by batch and context (the last of a row fills the KV pool or "
         "the context):",
@@ -103,6 +100,14 @@ def _model(model: dict[str, Any]) -> list[str]:
         [(p["prompt_tokens"], p["context"], f"{p['ms']:.2f}") for p in prompts],
     )
     return lines
+
+
+def _throughput(run: dict[str, Any]) -> str:
+    return (
+        f"{run['requests']} requests of {run['prompt_tokens']} in, {run['output_tokens_each']} out: "
+        f"{run['output_tokens_per_s']:,.1f} output tokens/s, decode step {run['decode_step_ms_p50']:.2f} ms, "
+        f"{100 * run['outside_executor_share_decode']:.1f} % of it outside the executor"
+    )
 
 
 def _phases(phases: dict[str, float]) -> list[str]:

@@ -7,13 +7,14 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from chiron_engine.config import GIB, EngineConfig
+from chiron_engine.model.kv_cache_dtype import ADA
 from chiron_engine.runtime.build import build_executor
 from chiron_engine.runtime.torch_executor import TorchExecutor
 from chiron_engine.runtime.trial_steps import measure_swap_costs
@@ -101,6 +102,7 @@ def measure_model(shape: str, device: torch.device, deadline: float, skipped: li
             measured = measure_executor(executor, deadline, skipped)
         finally:
             executor.close()
+        fp8 = measure_fp8(path, device, deadline, skipped)
     return {
         "name": shape,
         "dtype": "float32" if device.type == "cpu" else "bfloat16",
@@ -109,9 +111,32 @@ def measure_model(shape: str, device: torch.device, deadline: float, skipped: li
         "write_random_weights_s": write_s,
         "ready_s": ready_s,
         "load_phases_s": timer.seconds,
-        "kv": next(message for message in timer.messages if message.startswith("KV cache")),
+        "kv": kv_sizes(timer),
+        "fp8_kv": fp8,
         **measured,
     }
+
+
+def kv_sizes(timer: PhaseTimer) -> str:
+    return next(message for message in timer.messages if message.startswith("KV cache"))
+
+
+def measure_fp8(
+    path: Path, device: torch.device, deadline: float, skipped: list[str]
+) -> dict[str, Any] | None:
+    """The same model over KV of 8 bits: its room and its throughput. None where the device has no such
+    floats, and where the time is over."""
+    if device.type == "cpu" or torch.cuda.get_device_capability(device) < ADA:
+        return None
+    if time.monotonic() > deadline:
+        skipped.append(f"{path.name} with KV of 8 bits: out of time")
+        return None
+    timer = PhaseTimer()
+    executor, _ = build_executor(replace(engine_config(path, device), kv_cache_dtype="fp8"), timer)
+    try:
+        return {"kv": kv_sizes(timer), "throughput": measure_throughput(executor)}
+    finally:
+        executor.close()
 
 
 def measure_executor(executor: TorchExecutor, deadline: float, skipped: list[str]) -> dict[str, Any]:

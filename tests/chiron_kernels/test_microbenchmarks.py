@@ -171,6 +171,27 @@ def test_goals(goal: Goal | None, reached: bool | None) -> None:
     assert result.reached is reached
 
 
+def test_a_goal_against_another_case_is_of_the_same_run() -> None:
+    case = replace(case_named("8 bits: D6"), goal=Goal(1.6, "x", "D6"))
+    result = CaseResult(case, case.work(), Timing(1e-4, 1e-4, 1e-4), 0.0, H100)
+    assert result.reached is None and "not timed in this run" in markdown(FACTS, H100, [result], {})
+    assert replace(result, other=1.7e-4).reached and not replace(result, other=1.5e-4).reached
+    page = markdown(FACTS, H100, [replace(result, other=1.7e-4)], {})
+    assert "1.6 x D6: reached (1.70)" in page
+    run = Run(CPU, H100, [], results=[replace(result, case=case_named("D6"))])
+    assert run._seconds_of(Goal(1.6, "x", run.results[0].case.name)) == 1e-4
+    assert run._seconds_of(Goal(1.6, "x", "D7")) is None
+
+
+def test_8_bits_halve_the_bytes_of_keys_and_values() -> None:
+    for case in all_cases():
+        if isinstance(case, AttentionCase) and case.kv_dtype == torch.float8_e4m3fn:
+            (wide,) = (other for other in all_cases() if f"8 bits: {other.name}" == case.name)
+            rows = 2 * case.heads * case.head_dim * 2 * sum(request.tokens for request in case.requests)
+            assert 2 * (case.work().bytes - rows) == wide.work().bytes - rows
+            assert case.goal is None or case.goal.than == wide.name
+
+
 def test_the_results_are_written(tmp_path: Path) -> None:
     peers = [PeerResult("fast", 5e-6), PeerResult("absent", reason="absent is not installed")]
     ceilings = Ceilings(2e12, 1e15, 1e10)

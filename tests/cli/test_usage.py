@@ -26,6 +26,7 @@ USAGE = [
     (["serve", "m", "--log-level", "loud"], "loud"),
     (["serve", "m", "--engines", "2", "--step-log", "steps.jsonl"], "--step-log is for one engine"),
     (["engine", "m", "--dtype", "int4"], "int4"),
+    (["engine", "m", "--kv-cache-dtype", "fp4"], "fp4"),
     (["engine", "m", "--device", "gpu"], "gpu"),
     (["engine", "m", "--swap-space", "4"], "4GiB"),
     (["engine", "m", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization"),
@@ -179,6 +180,7 @@ def test_an_engine_process_gets_the_same_configuration() -> None:
         step_log="steps.jsonl",
         num_speculative_tokens=7,
         enforce_eager=True,
+        kv_cache_dtype="fp8_e4m3",
     )
     arguments = to_arguments(config)
     assert arguments[0] == "m"
@@ -187,6 +189,7 @@ def test_an_engine_process_gets_the_same_configuration() -> None:
     assert "--enforce-eager" in arguments
     assert parse_size(given["--kv-cache-memory"]) == 123456789
     assert arguments[arguments.index("--num-speculative-tokens") + 1] == "7"
+    assert arguments[arguments.index("--kv-cache-dtype") + 1] == "fp8_e4m3"
     assert to_arguments(engine_config("m", {})) == ["m"]
     assert EngineConfig(model="m") == engine_config("m", {})
     command = engine_command(config, 1000, "info")
@@ -196,6 +199,11 @@ def test_an_engine_process_gets_the_same_configuration() -> None:
 def test_guesses_for_a_request_are_bounded() -> None:
     with pytest.raises(ValueError, match="num_speculative_tokens is 16; it must be between 0 and 15"):
         EngineConfig(model="m", num_speculative_tokens=16)
+
+
+def test_types_of_kv_are_named() -> None:
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'e4m3'; it must be one of auto, fp8, fp8_e4m3"):
+        EngineConfig(model="m", kv_cache_dtype="e4m3")
 
 
 def test_engines_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

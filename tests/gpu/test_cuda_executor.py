@@ -17,6 +17,8 @@ from chiron_engine.core.engine_core import EngineCore
 from chiron_engine.core.requests import build_request
 from chiron_engine.model.kernel_choice import Kernels
 from chiron_engine.model.kv_pool import KvPool
+from chiron_engine.model.kv_scales import KvScales
+from chiron_engine.model.precision import BFLOAT16
 from chiron_engine.policy.iteration.plan import BlockCopy, TokenLogprobs
 from chiron_engine.policy.iteration.request import Request
 from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParams
@@ -26,6 +28,8 @@ from chiron_engine.runtime.logit_adjustments import AdjustmentTable
 from chiron_engine.runtime.sampler import SamplingTable, sample
 from chiron_engine.runtime.token_logprobs import LogprobTable, logprobs_of
 from chiron_engine.runtime.torch_executor import TorchExecutor
+from tests.cli.tiny_llama import write_tiny_llama
+from tests.model.quantised_attention import reference, shortfall, write_scales
 
 pytestmark = [
     pytest.mark.gpu,
@@ -219,3 +223,46 @@ def test_an_engine_is_built_within_its_share_of_the_device(tmp_path: Path) -> No
     assert executor.model.precision.name == "bfloat16"
     assert total - torch.cuda.mem_get_info()[0] <= total * share
     executor.close()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8-bit floats"
+)
+def test_kv_of_8_bits(tmp_path: Path) -> None:
+    """Mixed steps and a trip to the host; each token is the best of the reference, or near it. Twice the
+    blocks of bfloat16 come out of the same bytes."""
+    path, scales = write_tiny_llama(tmp_path / "tiny"), {0: KvScales(1 / 40, 1 / 60), 1: KvScales(1 / 90)}
+    write_scales(path, scales)
+    config = EngineConfig(
+        str(path),
+        device="cuda",
+        dtype="bfloat16",
+        kv_cache_dtype="fp8",
+        kv_cache_memory=1 << 20,
+        swap_space=1 << 18,
+        block_size=16,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+    )
+    wide, _ = build_executor(replace(config, kv_cache_dtype="auto"))
+    blocks = wide.shape.num_device_blocks
+    wide.close()
+    executor, _ = build_executor(config)
+    assert executor.shape.num_device_blocks == 2 * blocks
+    driver = PlanDriver(executor)
+    driver.join(1, prompt(37, 1))
+    second = driver.join(2, prompt(5, 2))
+    driver.step({1: 16, 2: 5})
+    driver.step({1: 21})
+    for _ in range(4):
+        driver.step()
+    tokens, host = driver.evict(1)
+    driver.step()
+    resumed = driver.join(3, tokens, saved=host)
+    driver.step({3: len(tokens) - resumed.computed})
+    for _ in range(4):
+        driver.step()
+    executor.close()
+    right = reference(path, BFLOAT16, scales)
+    for live, known in ((resumed, 37), (second, 5)):
+        assert shortfall(right, live.tokens[:known], live.tokens[known:]) < 0.05

@@ -26,6 +26,7 @@ from chiron_engine.model.parts import Parts, parts_for
 from chiron_engine.model.precision import Precision
 from chiron_engine.model.rope import Angles
 from chiron_engine.model.self_attention import HeadNorms, Heads
+from tests.model.packed import paged_logits
 
 
 class ReferenceAttention:
@@ -113,6 +114,15 @@ def reference(path: Path, precision: Precision, scales: LayerScales) -> CausalLM
         patch.setattr(hugging_face, "backend_for", lambda *_: attention)
         stored = replace(precision, kv=EIGHT_BITS)
         return load_model(path, precision=stored, device=torch.device("cpu"), kernels=Kernels.TORCH)
+
+
+def shortfall(model: CausalLM, known: list[int], tokens: list[int]) -> float:
+    """By how much at most a token of `tokens`, which follow the known ones, has a lower logit than the best,
+    relative to the largest. model: one of `reference`."""
+    (logits,) = paged_logits(model, [torch.tensor([*known, *tokens])], dtype=EIGHT_BITS)
+    before = logits[len(known) - 1 : -1]
+    taken = before.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return float(((before.max(dim=1).values - taken) / before.abs().max()).max())
 
 
 def add_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -61,12 +61,13 @@ def distance(found: list[torch.Tensor], right: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("name", "precision", "bound"),
-    [*((name, FLOAT16, 3e-3) for name in MODELS), ("grouped heads", BFLOAT16, 2e-2)],
+    [*((name, FLOAT16, 8e-3) for name in MODELS), ("grouped heads", BFLOAT16, 2e-2)],
 )
 def test_equals_torch_over_the_same_8_bits(
     name: str, precision: Precision, bound: float, save_tiny: Save
 ) -> None:
-    """Logits of chunks and decodes in mixed steps."""
+    """Logits of chunks and decodes in mixed steps. Where 16 bits are rounded otherwise, a key or value in
+    the middle between two of 8 bits becomes the other one: the bound has room for such."""
     import transformers
 
     kind, options = MODELS[name]

@@ -8,18 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from plan_driver import PlanDriver
 
 from chiron_engine.config import EngineConfig
 from chiron_engine.model.kv_scales import KvScales
-from chiron_engine.model.loader import CausalLM
 from chiron_engine.model.precision import BFLOAT16
 from chiron_engine.runtime.build import build_executor
 from chiron_engine.runtime.torch_executor import TorchExecutor
 from tests.cli.tiny_llama import write_tiny_llama
-from tests.model.packed import paged_logits
-from tests.model.quantised_attention import EIGHT_BITS, reference, write_scales
+from tests.model.quantised_attention import EIGHT_BITS, reference, shortfall, write_scales
 from tests.triton_interpreter import install
 
 SCALES = {0: KvScales(1 / 40, 1 / 60), 1: KvScales(1 / 90, 1 / 30)}
@@ -62,15 +59,6 @@ def executor(path: Path) -> Iterator[TorchExecutor]:
     built.close()
 
 
-def falls_short(model: CausalLM, tokens: list[int], known: int) -> float:
-    """By how much at most a token after the known ones is less likely than the best, relative to the largest
-    logit."""
-    (logits,) = paged_logits(model, [torch.tensor(tokens)], dtype=EIGHT_BITS)
-    before = logits[known - 1 : -1]
-    taken = before.gather(1, torch.tensor(tokens[known:])[:, None])[:, 0]
-    return float(((before.max(dim=1).values - taken) / before.abs().max()).max())
-
-
 def test_a_block_of_8_bits_takes_half_the_bytes(path: Path, executor: TorchExecutor) -> None:
     wide = build(path, kv_cache_dtype="auto")
     assert executor.device_pool.dtype == EIGHT_BITS
@@ -100,8 +88,10 @@ def test_mixed_steps_and_a_trip_to_the_host(path: Path, executor: TorchExecutor)
         driver.step()
     right, unscaled = (reference(path, BFLOAT16, scales) for scales in (SCALES, {}))
     lives = ((resumed, 37), (second, 5), (third, 50))
-    assert all(falls_short(right, live.tokens, known) < NEAR for live, known in lives)
-    assert any(falls_short(unscaled, live.tokens, known) > 3 * NEAR for live, known in lives)
+    assert all(shortfall(right, live.tokens[:known], live.tokens[known:]) < NEAR for live, known in lives)
+    assert any(
+        shortfall(unscaled, live.tokens[:known], live.tokens[known:]) > 3 * NEAR for live, known in lives
+    )
     assert len(resumed.tokens) == 37 + 5 + 4
 
 

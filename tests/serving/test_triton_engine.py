@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from chiron_engine import LLM, SamplingParams
+from chiron_engine.model.kv_scales import KvScales
+from chiron_engine.model.precision import BFLOAT16
 from tests.cli.tiny_llama import write_tiny_llama
+from tests.model.quantised_attention import reference, shortfall, write_scales
 from tests.triton_interpreter import install
 
 PROMPTS = ["a prompt of several chunks, longer than a step takes", "short", "one more, of middling length"]
@@ -51,3 +54,19 @@ def test_tokens_are_those_of_torch(block_size: int, tmp_path: Path) -> None:
         steps = [json.loads(line) for line in log.read_text().splitlines()]
         assert any(step["prefill_tokens"] and step["decode_requests"] for step in steps)
     assert found["triton"] == found["torch"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the engine on the GPU")
+def test_tokens_over_kv_of_8_bits_are_those_of_torch(tmp_path: Path) -> None:
+    """Near enough to the best by the same model in torch; with scales that most of its keys need."""
+    install()
+    path, scales = write_tiny_llama(tmp_path / "tiny"), {0: KvScales(1 / 40, 1 / 60), 1: KvScales(1 / 90)}
+    write_scales(path, scales)
+    options = SMALL | {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "kernels": "triton"}
+    greedy = SamplingParams(temperature=0.0, max_tokens=7, ignore_eos=True)
+    with LLM(str(path), max_num_seqs=3, max_num_batched_tokens=16, **options) as llm:
+        outputs = llm.generate(PROMPTS, greedy)
+    right, unscaled = (reference(path, BFLOAT16, each) for each in (scales, {}))
+    texts = [(output.prompt_token_ids, output.token_ids) for output in outputs]
+    assert all(shortfall(right, prompt, tokens) < 0.03 for prompt, tokens in texts)
+    assert any(shortfall(unscaled, prompt, tokens) > 0.1 for prompt, tokens in texts)
