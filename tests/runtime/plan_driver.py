@@ -119,3 +119,26 @@ class PlanDriver:
             live.computed += 1
         for live, token in zip(sampled, tokens, strict=True):
             live.tokens.append(token)
+
+
+def trip_to_the_host(
+    executor: TorchExecutor, first: list[int], second: list[int]
+) -> list[tuple[list[int], int]]:
+    """Two prompts in mixed steps, the first in two chunks; then it is evicted while the other goes on, and
+    resumed. The tokens of both, and how many of them are the prompt's."""
+    driver = PlanDriver(executor)
+    driver.join(1, list(first))
+    other = driver.join(2, list(second))
+    driver.step({1: 16, 2: len(second)})
+    driver.step({1: len(first) - 16})
+    for _ in range(4):
+        driver.step()
+    tokens, host = driver.evict(1)
+    assert host
+    driver.step()
+    resumed = driver.join(3, tokens, saved=host)
+    assert resumed.computed
+    driver.step({3: len(tokens) - resumed.computed})
+    for _ in range(4):
+        driver.step()
+    return [(resumed.tokens, len(first)), (other.tokens, len(second))]

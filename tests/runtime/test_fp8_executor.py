@@ -3,24 +3,22 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plan_driver import PlanDriver
+import torch
+from plan_driver import trip_to_the_host
 
 from chiron_engine.config import EngineConfig
-from chiron_engine.model.kv_scales import KvScales
 from chiron_engine.model.precision import BFLOAT16
 from chiron_engine.runtime.build import build_executor
 from chiron_engine.runtime.torch_executor import TorchExecutor
-from tests.cli.tiny_llama import write_tiny_llama
-from tests.model.quantised_attention import EIGHT_BITS, reference, shortfall, write_scales
+from scripts.gpu_suite.random_llama import write_random_llama
+from tests.model.quantised_attention import EIGHT_BITS, TIGHT_SCALES, reference, shortfall, write_scales
 from tests.triton_interpreter import install
-
-SCALES = {0: KvScales(1 / 40, 1 / 60), 1: KvScales(1 / 90, 1 / 30)}
-"""So small that many keys and values are over the largest number: without them the tokens are others."""
 
 NEAR = 0.03
 """Relative to the largest logit: what bfloat16 may be off by."""
@@ -29,8 +27,9 @@ NEAR = 0.03
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install()
-    path = write_tiny_llama(tmp_path_factory.mktemp("fp8") / "tiny")
-    write_scales(path, SCALES)
+    path = tmp_path_factory.mktemp("fp8") / "tiny"
+    write_random_llama(path, "tiny", torch.device("cpu"))
+    write_scales(path, TIGHT_SCALES)
     return path
 
 
@@ -70,29 +69,14 @@ def test_a_block_of_8_bits_takes_half_the_bytes(path: Path, executor: TorchExecu
 
 def test_mixed_steps_and_a_trip_to_the_host(path: Path, executor: TorchExecutor) -> None:
     executor.device_pool.storage.fill_(0xFF)  # NaN: what is read before it was written shows
-    driver = PlanDriver(executor)
-    prompts = [[(7 * i + 3 * n) % 250 for i in range(length)] for n, length in enumerate((37, 5, 50))]
-    first, second = driver.join(1, prompts[0]), driver.join(2, prompts[1])
-    driver.step({1: 16, 2: 5})
-    driver.step({1: 21})
-    for _ in range(4):
-        driver.step()
-    tokens, host = driver.evict(1)
-    assert len(host) == 2
-    third = driver.join(3, prompts[2])
-    assert set(third.blocks) & set(first.blocks)
-    driver.step({3: 50})
-    resumed = driver.join(4, tokens, saved=host)
-    driver.step({4: len(tokens) - resumed.computed})
-    for _ in range(3):
-        driver.step()
-    right, unscaled = (reference(path, BFLOAT16, scales) for scales in (SCALES, {}))
-    lives = ((resumed, 37), (second, 5), (third, 50))
-    assert all(shortfall(right, live.tokens[:known], live.tokens[known:]) < NEAR for live, known in lives)
-    assert any(
-        shortfall(unscaled, live.tokens[:known], live.tokens[known:]) > 3 * NEAR for live, known in lives
+    first, second = (
+        [random.Random(n).randrange(500) for _ in range(length)] for n, length in ((0, 37), (1, 5))
     )
-    assert len(resumed.tokens) == 37 + 5 + 4
+    found = trip_to_the_host(executor, first, second)
+    assert [len(tokens) for tokens, _ in found] == [37 + 5 + 5, 5 + 12]
+    right, unscaled = (reference(path, BFLOAT16, scales) for scales in (TIGHT_SCALES, {}))
+    assert all(shortfall(right, tokens[:known], tokens[known:]) < NEAR for tokens, known in found)
+    assert any(shortfall(unscaled, tokens[:known], tokens[known:]) > 3 * NEAR for tokens, known in found)
 
 
 @pytest.mark.parametrize(

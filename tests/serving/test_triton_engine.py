@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from chiron_engine import LLM, SamplingParams
 from chiron_engine.model.kv_scales import KvScales
 from chiron_engine.model.precision import BFLOAT16
 from tests.cli.tiny_llama import write_tiny_llama
-from tests.model.quantised_attention import reference, shortfall, write_scales
+from tests.model.quantised_attention import add_tensors, reference, shortfall, write_scales
 from tests.triton_interpreter import install
 
 PROMPTS = ["a prompt of several chunks, longer than a step takes", "short", "one more, of middling length"]
@@ -60,8 +61,14 @@ def test_tokens_are_those_of_torch(block_size: int, tmp_path: Path) -> None:
 def test_tokens_over_kv_of_8_bits_are_those_of_torch(tmp_path: Path) -> None:
     """Near enough to the best by the same model in torch; with scales that most of its keys need."""
     install()
-    path, scales = write_tiny_llama(tmp_path / "tiny"), {0: KvScales(1 / 40, 1 / 60), 1: KvScales(1 / 90)}
+    path, scales = (
+        write_tiny_llama(tmp_path / "tiny"),
+        {0: KvScales(1 / 2000, 1 / 4000), 1: KvScales(1 / 2000, 1 / 1000)},
+    )
     write_scales(path, scales)
+    weights = load_file(path / "model.safetensors")
+    # Flatter attention: with the model's own, the last bit of a key decides between tokens.
+    add_tensors(path, {name: weight / 16 for name, weight in weights.items() if "q_proj" in name})
     options = SMALL | {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "kernels": "triton"}
     greedy = SamplingParams(temperature=0.0, max_tokens=7, ignore_eos=True)
     with LLM(str(path), max_num_seqs=3, max_num_batched_tokens=16, **options) as llm:
