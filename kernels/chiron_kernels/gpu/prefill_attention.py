@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chiron_kernels.gpu.checks import check_dtype
 from chiron_kernels.gpu.eight_bits import check_scales, check_target
-from chiron_kernels.gpu.launch import HOPPER, Launch, target_architecture
+from chiron_kernels.gpu.launch import Launch, target_architecture
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
 from chiron_kernels.gpu.multiprocessors import multiprocessors
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS
@@ -51,11 +51,6 @@ Inputs = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, QueryBlocks, float
 ]
 """q, kv, tables, table_rows, query_starts, context_lens, blocks, scale."""
-
-
-UNHURRIED = 168
-"""Registers of a thread on Blackwell where heads are small: left alone, the assembler keeps to 128, so that
-two programs fit a multiprocessor, and some configurations spill."""
 
 
 @triton.jit(
@@ -211,8 +206,6 @@ def _launch(
     tile = tiling(shape, blocks.rows, kv, architecture)
     dim = triton.next_power_of_2(shape.head_dim)
     score_scale = scale * k_scale
-    converts = kv.dtype == EIGHT_BITS and not tile.by_tensor
-    hurried = dim <= 64 and (converts or (architecture > HOPPER and tile.warps == 8))
     pages = None
     if tile.by_tensor:
         pages = TensorDescriptor(kv, list(kv.shape), list(kv.stride()), [1, tile.keys, 1, 1, dim])
@@ -260,7 +253,7 @@ def _launch(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
-        max_registers=UNHURRIED if hurried else None,
+        max_registers=tile.registers,
     )
 
 

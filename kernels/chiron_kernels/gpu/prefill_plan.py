@@ -22,16 +22,22 @@ LEAST_SHARED_KEYS = 2 * LEAST_SPLIT_KEYS
 TENSOR_ALIGNMENT = 16
 """Bytes."""
 
+UNHURRIED, MOST_REGISTERS = 168, 255
+"""Registers of a thread: left alone, the assembler keeps to fewer, so that one more program fits a
+multiprocessor, and some configurations spill."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
     """keys: of a tile. stages: depth of the pipeline over unmasked tiles. by_tensor: these are loaded by
-    tensor copies, for which a tile must lie in one block."""
+    tensor copies, for which a tile must lie in one block. registers: of a thread; None leaves them to the
+    assembler."""
 
     keys: int
     warps: int
     stages: int
     by_tensor: bool
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,12 @@ def tiling(shape: PrefillShape, rows: int, kv: torch.Tensor, architecture: int) 
     converts = kv.dtype == EIGHT_BITS and not by_tensor
     warps = 8 if rows > 64 or (dim > 128 and rows > (16 if converts else 32)) else 4
     spills = dim <= 64 and rows == 32 and not by_tensor
-    return Tiling(keys, warps, stages=2 if spills else 3, by_tensor=by_tensor)
+    registers = None
+    if dim <= 64 and (converts or (architecture > HOPPER and warps == 8)):
+        registers = UNHURRIED
+    elif dim > 128 and warps == 4 and kv.dtype == EIGHT_BITS:
+        registers = MOST_REGISTERS
+    return Tiling(keys, warps, 2 if spills else 3, by_tensor, registers)
 
 
 def aligned_for_tensor_copies(kv: torch.Tensor) -> bool:
