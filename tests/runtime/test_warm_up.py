@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,11 @@ def test_nor_with_other_capacities(
     """Where less fits, less can be met; but not nothing."""
     model = write_model(tmp_path / "model", "odd vocabulary, groups of 3", monkeypatch)
     assert serve_in_every_way(config_of(model, "float32", **CAPACITIES[name]), record, 6) == {}
+
+
+def test_nor_with_kv_of_8_bits(tmp_path: Path, record: LaunchRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(write_model(tmp_path / "model", "usual sizes", monkeypatch), max_num_seqs=40)
+    assert serve_in_every_way(replace(config, kv_cache_dtype="fp8"), record, 10) == {}
 
 
 def test_how_many_variants_are_compiled(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chiron_kernels.gpu import eight_bits
 from chiron_kernels.gpu import prefill_attention as prefill_module
 from chiron_kernels.gpu.launch import Launch
-from chiron_kernels.gpu import eight_bits
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.prefill_attention import prefill_attention, prefill_attention_launch
 
