@@ -87,6 +87,7 @@ def _prefill_attention(
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
     SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr,  # else every row sees the context and nothing after it
     GROUP: tl.constexpr,  # query heads of a key head
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,  # the power of two from HEAD_DIM up
@@ -116,6 +117,8 @@ def _prefill_attention(
     token = row // GROUP
     exists = token < length
     position = context + token
+    if not CAUSAL:
+        position = tl.full([ROWS], 0, tl.int32) + (context - 1)
     q_head = head * GROUP + row % GROUP
     dim = tl.arange(0, DIM)
     within = exists[:, None] & (dim < HEAD_DIM)[None, :]
@@ -125,6 +128,9 @@ def _prefill_attention(
     # Tiles of the block, as drawn above, and this split's part of them.
     first = context + first_row // GROUP
     last = context + tl.minimum((first_row + ROWS - 1) // GROUP, length - 1)
+    if not CAUSAL:
+        first = context - 1
+        last = context - 1
     seen_end = tl.minimum(last + 1, table_width * BLOCK)
     seen_from = 0
     if HAS_WINDOW:
@@ -196,6 +202,7 @@ def _launch(
     sums: torch.Tensor | None,
     k_scale: float,
     v_scale: float,
+    causal: bool,
 ) -> Launch:
     """As `prefill_attention_launch`, its arguments but out and sums checked."""
     q, kv, tables, table_rows, query_starts, context_lens, blocks, scale = inputs
@@ -242,6 +249,7 @@ def _launch(
             "HAS_SINKS": sinks is not None,
             "HAS_LSE": lse is not None and sums is None,
             "SPLIT": sums is not None,
+            "CAUSAL": causal,
             "GROUP": shape.group,
             "HEAD_DIM": shape.head_dim,
             "DIM": dim,
@@ -274,6 +282,7 @@ def prefill_attention_launch(
     sums: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    causal: bool = True,
 ) -> Launch:
     """q is float16 for a pool of 8 bits. Converted in the kernel, it would stay in registers for all tiles;
     as it was loaded, the products read it from shared memory.
@@ -283,10 +292,10 @@ def prefill_attention_launch(
     float32 [P, T, Hq, D], both are written for `merge_parts_launch`, and lse is left alone. Otherwise as
     `prefill_attention`."""
     inputs = (q, kv, tables, table_rows, query_starts, context_lens, blocks, scale)
-    shape = check_arguments(*inputs, window, softcap, sinks, lse)
+    shape = check_arguments(*inputs, window, softcap, sinks, lse, causal)
     if kv.dtype == EIGHT_BITS:
         check_dtype("q", q, (torch.float16,))
-    return _launch(shape, inputs, out, window, softcap, sinks, lse, sums, k_scale, v_scale)
+    return _launch(shape, inputs, out, window, softcap, sinks, lse, sums, k_scale, v_scale, causal)
 
 
 def prefill_attention(
@@ -307,6 +316,7 @@ def prefill_attention(
     out: torch.Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Each row's softmax-weighted mean of the values it sees: [T, Hq, D], as q.
 
@@ -326,11 +336,12 @@ def prefill_attention(
 
     max_len: no chunk's context and tokens are more; by the width of the tables where not given. splits: into
     how many parts the keys are split for programs that work side by side; by the shapes where not given. out:
-    what to write to and return, contiguous, as q; a new tensor where not given. Raises ValueError for what
-    does not fit.
+    what to write to and return, contiguous, as q; a new tensor where not given. causal: False where every row
+    of a chunk sees keys 0 .. context_lens[c] - 1, one at least, and no others; then without a window. Raises
+    ValueError for what does not fit.
     """
     inputs = (q, kv, tables, table_rows, query_starts, context_lens, blocks, scale)
-    shape = check_arguments(*inputs, window, softcap, sinks, lse)
+    shape = check_arguments(*inputs, window, softcap, sinks, lse, causal)
     if splits is None:
         capacity, width = blocks.entries.shape[0], tables.shape[1]
         splits = choose_splits(shape, capacity, width, max_len, window, multiprocessors(q.device))
@@ -342,10 +353,10 @@ def prefill_attention(
     if kv.dtype == EIGHT_BITS:
         inputs = (q.to(torch.float16), *inputs[1:])
     if splits == 1:
-        _launch(shape, inputs, out, window, softcap, sinks, lse, None, k_scale, v_scale).run()
+        _launch(shape, inputs, out, window, softcap, sinks, lse, None, k_scale, v_scale, causal).run()
         return out
     partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
     sums = torch.empty(splits, *q.shape[:2], dtype=torch.float32, device=q.device)
-    _launch(shape, inputs, partial, window, softcap, sinks, None, sums, k_scale, v_scale).run()
+    _launch(shape, inputs, partial, window, softcap, sinks, None, sums, k_scale, v_scale, causal).run()
     merge_parts_launch(partial, sums, query_starts, out, lse).run()
     return out

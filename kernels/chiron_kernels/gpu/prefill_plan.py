@@ -138,6 +138,7 @@ def check_arguments(
     softcap: float | None,
     sinks: torch.Tensor | None,
     lse: torch.Tensor | None,
+    causal: bool = True,
 ) -> PrefillShape:
     """The sizes of arguments that fit one another. Raises ValueError, which names the one that does not."""
     check_shape("q", q, (None, None, None))
@@ -167,6 +168,8 @@ def check_arguments(
         raise ValueError(f"scale is {scale}; it must be above 0")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be 1 or more")
+    if window is not None and not causal:
+        raise ValueError(f"window is {window}; where attention is not causal it must be None")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be above 0")
     if sinks is not None:

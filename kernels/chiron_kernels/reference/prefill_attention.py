@@ -24,6 +24,7 @@ def prefill_attention(
     splits: int | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Each row's softmax-weighted mean of the values it sees: [T, Hq, D], as q; zeros for rows in no chunk.
 
@@ -32,8 +33,9 @@ def prefill_attention(
     table_rows[c] of tables names, with a window only the last `window` of them. softcap c: a score becomes
     c tanh(score / c). sinks: [Hq], a score without a value. lse: [T, Hq], written: the natural logarithm of
     the softmax's sum. k_scale, v_scale: keys and values are so many times what the pool holds. blocks,
-    max_len and splits say how the kernel shares the work, and change nothing here. float64 is computed with
-    as it is, all else in float32.
+    max_len and splits say how the kernel shares the work, and change nothing here. Without `causal`, every row
+    of chunk c sees keys 0 .. context_lens[c] - 1 instead. float64 is computed with as it is, all else in
+    float32.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -42,9 +44,9 @@ def prefill_attention(
         start, end = starts[chunk], starts[chunk + 1]
         if start == end:
             continue
-        length = context + end - start
+        length = context + end - start if causal else context
         table = tables[table_of[chunk], : -(-length // kv.shape[1])]
-        position = torch.arange(context, length, device=q.device)
+        position = torch.arange(context, context + end - start, device=q.device)
         key = torch.arange(length, device=q.device)
         hidden = key > position[:, None]
         if window is not None:

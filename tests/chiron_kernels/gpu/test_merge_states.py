@@ -53,6 +53,36 @@ def test_in_place(device: torch.device) -> None:
     assert torch.equal(given["second"], expected[0]) and torch.equal(given["second_lse"], expected[1])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("places", [[4, 0, 2], [1], []])
+def test_rows_that_have_no_first_part(places: list[int], dtype: torch.dtype, device: torch.device) -> None:
+    given = parts(6, 5, 80, dtype, device)
+    given["first"], given["first_lse"] = given["first"][: len(places)], given["first_lse"][: len(places)]
+    where = torch.tensor(places, dtype=torch.int64, device=device)
+    out, lse = merge_states(**given, places=where)
+    exact, exact_lse = reference_merge_states(**{name: t.double() for name, t in given.items()}, places=where)
+    torch.testing.assert_close(out.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
+    others = [row for row in range(6) if row not in places]
+    assert torch.equal(out[others], given["second"][others])
+    launch = merge_states_launch(**given, out=given["second"], lse=given["second_lse"], places=where)
+    launch.run()
+    assert torch.equal(given["second"], out) and torch.equal(given["second_lse"], lse)
+
+
+@pytest.mark.parametrize(
+    ("places", "says"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"places is \[3\]; it must be \[2\]"),
+        (torch.zeros(2, dtype=torch.int32), "places is int32; it must be int64"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), "places is on meta"),
+    ],
+)
+def test_bad_places_are_named(places: torch.Tensor, says: str, device: torch.device) -> None:
+    with pytest.raises(ValueError, match=says):
+        merge_states(**parts(2, 3, 16, torch.float16, device), places=places)
+
+
 def test_prefix_and_rest_are_the_whole(device: torch.device) -> None:
     """Attention over a request's first block, and over the others, as decode attention has them."""
     whole = make_batch([64 + 70], device)

@@ -111,6 +111,38 @@ def test_no_more_splits_than_the_gpu_has_multiprocessors(
         grids.clear()
 
 
+CONTEXTS = [(1, 1), (16, 16), (9, 63), (5, 64), (33, 65), (2, 200)]
+"""Rows, and the keys that all of them see."""
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("block_size", [4, 16, 64])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rows_that_all_see_the_context_alone(
+    splits: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    given = step(CONTEXTS, device, heads=(4, 1), block_size=block_size, dtype=dtype)
+    check(given, rows=32, splits=splits, causal=False)
+
+
+def test_rows_after_the_context_are_not_read(device: torch.device) -> None:
+    """NaN, and no block of the table holds them."""
+    given = step([(70, 64)], device, block_size=64)
+    given.kv[given.tables[given.table_rows[0], 1:]] = float("nan")
+    given.tables[given.table_rows[0], 1:] = 0
+    check(given, causal=False)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_softcap_over_the_context_alone(rows: int, device: torch.device) -> None:
+    check(step([(70, 130)], device, heads=(3, 1), block_size=64), rows=rows, softcap=1.5, causal=False)
+
+
+def test_no_window_where_attention_is_not_causal(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="window is 5; where attention is not causal it must be None"):
+        prefill_attention(**step([(3, 16)], device).arguments(), window=5, causal=False)
+
+
 def test_large_scores(device: torch.device) -> None:
     """exp of them would be infinite."""
     given = step([(20, 40)], device)
