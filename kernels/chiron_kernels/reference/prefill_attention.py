@@ -33,8 +33,8 @@ def prefill_attention(
     table_rows[c] of tables names, with a window only the last `window` of them. softcap c: a score becomes
     c tanh(score / c). sinks: [Hq], a score without a value. lse: [T, Hq], written: the natural logarithm of
     the softmax's sum. k_scale, v_scale: keys and values are so many times what the pool holds. blocks,
-    max_len and splits say how the kernel shares the work, and change nothing here. Without `causal`, every row
-    of chunk c sees keys 0 .. context_lens[c] - 1 instead. float64 is computed with as it is, all else in
+    max_len and splits say how the kernel shares the work, and change nothing here. Without `causal`, every
+    row of chunk c sees keys 0 .. context_lens[c] - 1 instead. float64 is computed with as it is, all else in
     float32.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
