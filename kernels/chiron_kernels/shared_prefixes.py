@@ -12,8 +12,8 @@ class SharedPrefixes:
     """G groups of R of the B decoding requests, of which none is in two.
 
     Those of a group have the same blocks up to the end of the group's prefix, which is whole blocks, one at
-    least. Each has a key or more after it, so what is left of a request is never empty: its newest token is in
-    a block of its own, as blocks are shared once they are full.
+    least. Each has a key or more after it, so that what is left of a request is never empty: its newest token
+    is in a block of its own, as blocks are shared once they are full.
 
     members: int64 [R], numbers of requests, group after group. starts: int64 [G + 1], group g has
     members[starts[g]] .. members[starts[g + 1] - 1]. table_rows: int64 [G], a row of the block tables that
