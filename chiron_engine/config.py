@@ -34,6 +34,9 @@ class EngineConfig:
     max_model_len: None takes the model's own context length.
     threads: compute threads on the CPU; None takes all cores.
     max_queued_requests, max_queued_tokens: bounds of the waiting queue.
+    disable_cascade_attn: never read a prefix that decoding requests share once for all of them, as Triton's
+    kernels do where that is found to pay; cascade_min_tokens: of the shortest prefix that is, for two
+    requests or more; None goes by what it saves.
     num_speculative_tokens: tokens of one request that are guessed from its text for one step, at most; 0
     guesses none. Only where one step is under way at a time, as on the CPU.
     enforce_eager: launch the kernels of decode steps one by one; else CUDA graphs of them are replayed.
@@ -64,6 +67,8 @@ class EngineConfig:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
     enable_prefix_caching: bool = True
+    disable_cascade_attn: bool = False
+    cascade_min_tokens: int | None = None
     num_speculative_tokens: int = 0
     enforce_eager: bool = False
     step_log: str | None = None
@@ -98,6 +103,10 @@ class EngineConfig:
         _within("num_speculative_tokens", self.num_speculative_tokens, 0, MOST_GUESSES)
         for name in POSITIVE:
             _at_least(name, getattr(self, name), 1)
+        if self.disable_cascade_attn and self.cascade_min_tokens is not None:
+            raise ValueError(
+                f"cascade_min_tokens is {self.cascade_min_tokens}; with disable_cascade_attn it must be None"
+            )
 
     def _check_simulated(self) -> None:
         if self.executor == "simulated":
@@ -116,6 +125,7 @@ POSITIVE = (
     "threads",
     "max_queued_requests",
     "max_queued_tokens",
+    "cascade_min_tokens",
 )
 WHOLE = (*POSITIVE, "block_size", "kv_cache_memory", "swap_space", "seed", "num_speculative_tokens")
 

@@ -98,6 +98,19 @@ ENGINE_OPTIONS = dict(
             "Reuse the KV of equal prompt starts.",
         ),
         _entry(
+            "disable_cascade_attn",
+            "--disable-cascade-attn",
+            bool,
+            "Read shared prompt starts for each request (GPU).",
+        ),
+        _entry(
+            "cascade_min_tokens",
+            "--cascade-min-tokens",
+            int | None,
+            "Shortest prompt start to read once for all (by what it saves).",
+            min=1,
+        ),
+        _entry(
             "num_speculative_tokens",
             "--num-speculative-tokens",
             int,

@@ -25,7 +25,14 @@ from .model_text import text_directory
 
 # Of a model of which nothing is known: any id of today's models is inside.
 VOCABULARY_WITHOUT_TOKENIZER = 1 << 18
-TORCH_ONLY = ("dtype", "device", "gpu_memory_utilization", "threads")
+TORCH_ONLY = (
+    "dtype",
+    "device",
+    "gpu_memory_utilization",
+    "threads",
+    "disable_cascade_attn",
+    "cascade_min_tokens",
+)
 
 
 def fill_from_profile(config: EngineConfig, given: Mapping[str, Any]) -> EngineConfig:

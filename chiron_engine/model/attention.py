@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from chiron_kernels.shared_prefixes import SharedPrefixes
 from chiron_kernels.torch_attention import chunk_attention, chunk_mask, decode_attention, decode_mask
 from chiron_kernels.torch_kv import gather_kv, write_kv
 
@@ -46,7 +47,8 @@ class AttentionBatch:
     tables: int64 [slots, W] block ids, the block table of every slot; nothing is said of what is past a
     request's last block. decode_slots: int64 [num_decodes]. decode_lens: int64 [num_decodes], the KV
     length a row attends to, its own token included. write_blocks, write_offsets: int64 [T], where each
-    row's keys and values go.
+    row's keys and values go. cascade: decoding rows whose requests begin with the same blocks, which a
+    backend may read once for all of them; None where it is not worth it.
     """
 
     num_decodes: int
@@ -57,6 +59,7 @@ class AttentionBatch:
     chunks: list[ChunkRows]
     write_blocks: torch.Tensor
     write_offsets: torch.Tensor
+    cascade: SharedPrefixes | None = None
 
     def chunk_table(self, chunk: ChunkRows, block_size: int) -> torch.Tensor:
         """The blocks that hold a chunk and what is before it, int64, a view."""

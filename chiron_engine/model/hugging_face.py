@@ -136,6 +136,7 @@ class HuggingFaceModel:
             max_model_len=context_length(config),
             eos_token_ids=eos_token_ids(path, raw),
             path=path,
+            windows=packed.windows,
         )
         check_kv_heads(self.spec.layers, precision)
 

@@ -90,6 +90,7 @@ class LlamaModel:
             max_model_len=config.max_position,
             eos_token_ids=eos_token_ids(path, raw),
             path=path,
+            windows=config.windows,
         )
         check_kv_heads(self.spec.layers, precision)
         weights = Checkpoint(path, precision.compute, device)

@@ -23,6 +23,7 @@ class ModelSpec:
     eos_token_ids: the ids that end a generation; may be empty.
     path: the directory with config.json, tokenizer.json, tokenizer_config.json and, where the
     model has one, generation_config.json.
+    windows: of each layer, the keys a row sees, itself included, None for all; empty where no layer has one.
     """
 
     name: str
@@ -32,3 +33,11 @@ class ModelSpec:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     path: Path
+    windows: tuple[int | None, ...] = ()
+
+    @property
+    def unwindowed_layers(self) -> tuple[LayerGeometry, ...]:
+        """Those in which a row sees all keys before it."""
+        if not self.windows:
+            return self.layers
+        return tuple(layer for layer, window in zip(self.layers, self.windows, strict=True) if window is None)

@@ -1,5 +1,6 @@
 """Attention by Triton's kernels: one launch for the decoding rows of a step and one for its chunks, which
-differ too much for one kernel to be quick at both. Nothing is read back from the device."""
+differ too much for one kernel to be quick at both. A prefix that decoding rows share has launches of its own
+in layers that see all of it. Nothing is read back from the device."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from chiron_kernels.gpu.cascade_attention import CascadeStep, cascade_attention, cascade_step
 from chiron_kernels.gpu.checks import HALVES
 from chiron_kernels.gpu.decode_attention import decode_attention
 from chiron_kernels.gpu.decode_plan import DecodeSplits
@@ -16,6 +18,7 @@ from chiron_kernels.gpu.paged_kv import EIGHT_BITS, LARGEST_HEAD
 from chiron_kernels.gpu.prefill_attention import prefill_attention
 from chiron_kernels.gpu.query_blocks import QueryBlocks, query_blocks
 from chiron_kernels.gpu.rope_kv import rope_kv_write
+from chiron_kernels.shared_prefixes import SharedPrefixes
 
 from chiron_engine.model.attention import AttentionBatch, ScoreRule, TorchAttention
 from chiron_engine.model.kv_pool import KvPool
@@ -46,11 +49,13 @@ class TritonAttention:
         self._torch = TorchAttention()
         self._chunks: _Chunks | None = None
         self._splits: dict[tuple[torch.Size, int | None], DecodeSplits] = {}
+        self._cascades: dict[tuple[torch.Size, int], CascadeStep] = {}
         self._blocks: dict[tuple[int, int], QueryBlocks] = {}
 
     def begin(self, batch: AttentionBatch, pool: KvPool) -> None:
         self._torch.begin(batch, pool)
         self._splits.clear()
+        self._cascades.clear()
         self._blocks.clear()
         self._chunks = _uploaded_chunks(batch, pool.device) if batch.chunks else None
 
@@ -91,7 +96,18 @@ class TritonAttention:
         """As `attend`, where the keys and values of the rows are in the pool already."""
         kv, count, scales = pool.kv(layer), batch.num_decodes, self.scales_of(layer)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if count:
+        if count and batch.cascade is not None and rule.window is None:
+            cascade_attention(
+                q[:count],
+                kv,
+                batch.tables,
+                self._cascade_for(q, kv, batch, batch.cascade),
+                rule.scale,
+                softcap=rule.softcap,
+                sinks=rule.sinks,
+                out=out[:count],
+            )
+        elif count:
             decode_attention(
                 q[:count],
                 kv,
@@ -133,6 +149,16 @@ class TritonAttention:
         if key not in self._splits:
             self._splits[key] = decode_splits(batch.decode_lens, kv, batch.tables, window=window)
         return self._splits[key]
+
+    def _cascade_for(
+        self, q: torch.Tensor, kv: torch.Tensor, batch: AttentionBatch, shared: SharedPrefixes
+    ) -> CascadeStep:
+        key = kv.shape, q.shape[1]
+        if key not in self._cascades:
+            self._cascades[key] = cascade_step(
+                shared, batch.decode_lens, kv, batch.tables, batch.decode_slots, q.shape[1]
+            )
+        return self._cascades[key]
 
     def _blocks_for(self, q: torch.Tensor, kv: torch.Tensor, chunks: _Chunks) -> QueryBlocks:
         group, dim = q.shape[1] // kv.shape[3], q.shape[2]

@@ -26,6 +26,7 @@ from .kernel_limits import check_capacities, check_model
 from .kernel_variants import launch_all_variants
 from .kv_sizing import KvSizes, check_config, choose_block_size, default_cpu_pool, size_kv
 from .logit_adjustments import penalty_bytes
+from .shared_prefixes import PrefixFinder, prefix_finder
 from .torch_executor import TorchExecutor
 from .trial_steps import run_largest_step, warm_up
 
@@ -184,7 +185,15 @@ def make_executor(
         max_slots=config.max_num_seqs,
         max_step_tokens=config.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
+        prefixes=_prefix_finder(config, model, sizes.block_size),
     )
+
+
+def _prefix_finder(config: EngineConfig, model: CausalLM, block_size: int) -> PrefixFinder | None:
+    """None where no kernel has a use for prefixes that requests share, or no request ever shares one."""
+    if model.kernels is not Kernels.TRITON or config.disable_cascade_attn or not config.enable_prefix_caching:
+        return None
+    return prefix_finder(model.spec, model.precision.kv, block_size, config.cascade_min_tokens)
 
 
 def _cpu_pool_bytes(config: EngineConfig, available: int) -> int:

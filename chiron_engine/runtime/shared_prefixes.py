@@ -17,7 +17,10 @@ from itertools import chain
 
 import numpy as np
 import torch
+from chiron_kernels.gpu.paged_kv import LARGEST_HEAD
 from chiron_kernels.shared_prefixes import SharedPrefixes
+
+from chiron_engine.model.spec import ModelSpec
 
 from .uploads import IntArray, upload_array
 
@@ -99,11 +102,11 @@ class PrefixFinder:
         # A block that holds a newest token is never part of a prefix: something must be left of a request.
         whole = (lens - 1) // self._block_size
         found = self._groups_among(tables, slots, whole)
-        saved = sum(self._saved(len(group.members), group.blocks) for group in found)
-        return found if found and saved >= self._rule.least_saved else []
+        saved = sum(map(self._saved_by, found))
+        return found if saved >= self._rule.least_saved else []
 
-    def _saved(self, members: int, blocks: int) -> int:
-        return self._rule.saved(members, blocks * self._block_size)
+    def _saved_by(self, group: PrefixGroup) -> int:
+        return self._rule.saved(len(group.members), group.blocks * self._block_size)
 
     def _groups_among(self, tables: IntArray, slots: IntArray, whole: IntArray) -> list[PrefixGroup]:
         """Groups that save something, from the tree of prefixes: greedy, from the longest on. They save at
@@ -134,16 +137,17 @@ class PrefixFinder:
         if node.blocks < self._least_blocks:
             return
         a_member = node.blocks * self._block_size - self._rule.member_tokens
-        kept, joining = [], []
-        for group in node.groups:
-            count = len(group.members)
-            stays = self._saved(count, group.blocks) >= count * a_member
-            (kept if stays else joining).append(group)
-        members = (*node.loose, *chain.from_iterable(group.members for group in joining))
-        before = sum(self._saved(len(group.members), group.blocks) for group in joining)
-        if self._saved(len(members), node.blocks) <= before:
+
+        def stays(group: PrefixGroup) -> bool:
+            return self._saved_by(group) >= len(group.members) * a_member
+
+        joining = [group for group in node.groups if not stays(group)]
+        together = PrefixGroup(
+            (*node.loose, *chain.from_iterable(group.members for group in joining)), node.blocks
+        )
+        if self._saved_by(together) <= sum(map(self._saved_by, joining)):
             return
-        node.loose, node.groups = [], [*kept, PrefixGroup(members, node.blocks)]
+        node.loose, node.groups = [], [*filter(stays, node.groups), together]
 
     def _on_device(
         self, groups: Sequence[PrefixGroup], slots: IntArray, device: torch.device
@@ -157,13 +161,30 @@ class PrefixFinder:
         numbers = list(chain.from_iterable(members))
         starts = np.cumsum([0, *map(len, members)])
         rows = slots[[of_group[0] for of_group in members]]
-        parts = [numbers, starts, rows, lens, skipped]
-        packed = upload_array(np.concatenate(parts).astype(np.int64), device)
+        parts = [np.asarray(part, np.int64) for part in (numbers, starts, rows, lens, skipped)]
+        packed = upload_array(np.concatenate(parts), device)
+        on_device = packed.split([len(part) for part in parts])
         return SharedPrefixes(
-            *packed.split([len(part) for part in parts]),
+            members=on_device[0],
+            starts=on_device[1],
+            table_rows=on_device[2],
+            lens=on_device[3],
+            skipped=on_device[4],
             longest=max(lens),
             everyone=numbers == list(range(len(slots))),
         )
+
+
+def prefix_finder(
+    spec: ModelSpec, kv_dtype: torch.dtype, block_size: int, min_tokens: int | None
+) -> PrefixFinder | None:
+    """For a model's mean layer; min_tokens as `cascade_rule` has it. None where no layer would gain: a prefix
+    is soon outside of a window, and heads too large for Triton's kernels go through torch."""
+    layers = [layer for layer in spec.unwindowed_layers if layer.head_dim <= LARGEST_HEAD]
+    if not layers:
+        return None
+    numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in layers) // len(layers)
+    return PrefixFinder(cascade_rule(numbers * kv_dtype.itemsize, min_tokens), block_size)
 
 
 def _in_several(values: IntArray) -> np.ndarray:

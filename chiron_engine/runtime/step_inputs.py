@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from chiron_kernels.shared_prefixes import SharedPrefixes
 from torch import Tensor
 
 from chiron_engine.model.attention import AttentionBatch, ChunkRows
@@ -18,6 +19,7 @@ from .guides import GuidedRows
 from .logit_adjustments import LogitAdjustments
 from .prompt_scores import PromptRows, prompt_rows
 from .sampler import SamplingRows
+from .shared_prefixes import PrefixFinder
 from .slots import SlotStates
 from .token_logprobs import LogprobRows
 from .uploads import IntArray, upload_array
@@ -59,7 +61,7 @@ class DecodeRows:
     """What is derived from one DecodeBatch, kept for as long as the plan carries the same object. A
     steady step adds one to `lens`."""
 
-    def __init__(self, batch: DecodeBatch, states: SlotStates) -> None:
+    def __init__(self, batch: DecodeBatch, states: SlotStates, prefixes: PrefixFinder | None = None) -> None:
         self.batch = batch
         self.slots_on_host: IntArray = np.array(batch.slots, np.int64)
         self.slots = upload_array(self.slots_on_host, states.device)
@@ -71,6 +73,10 @@ class DecodeRows:
         lengths = states.lengths[self.slots_on_host]
         self.lens = upload_array(lengths, states.device)
         self.max_len = int(lengths.max()) if len(lengths) else 0
+        self.cascade: SharedPrefixes | None = None
+        if prefixes is not None:
+            tables, slots = states.tables, self.slots_on_host
+            self.cascade = prefixes.shared_prefixes(tables, slots, lengths, states.device)
 
     def advance(self) -> None:
         """One step later, the same requests."""
@@ -79,12 +85,20 @@ class DecodeRows:
 
 
 class StepPacker:
-    """Builds the inputs of each step from its plan and the states of the slots."""
+    """Builds the inputs of each step from its plan and the states of the slots. prefixes: finds those that
+    decoding requests share, where the attention has a use for them."""
 
-    def __init__(self, states: SlotStates, block_size: int, kernels: Kernels = Kernels.TORCH) -> None:
+    def __init__(
+        self,
+        states: SlotStates,
+        block_size: int,
+        kernels: Kernels = Kernels.TORCH,
+        prefixes: PrefixFinder | None = None,
+    ) -> None:
         self._states = states
         self._block_size = block_size
         self._find_places = _places_by_kernel if kernels is Kernels.TRITON else _places
+        self._prefixes = prefixes
         self._decodes = DecodeRows(NO_DECODES, states)
 
     def pack(self, plan: StepPlan) -> StepInputs:
@@ -92,6 +106,7 @@ class StepPacker:
         has drafts, `SlotStates.settle_drafts` is to follow."""
         decodes = self._advance_decodes(plan)
         input_ids, positions, batch = self.decode_rows(decodes.slots, decodes.lens, decodes.max_len)
+        batch.cascade = decodes.cascade
         inputs = StepInputs(
             input_ids=input_ids,
             positions=positions,
@@ -138,7 +153,7 @@ class StepPacker:
 
     def _advance_decodes(self, plan: StepPlan) -> DecodeRows:
         if plan.decode is not self._decodes.batch:
-            self._decodes = DecodeRows(plan.decode, self._states)
+            self._decodes = DecodeRows(plan.decode, self._states, self._prefixes)
         elif plan.decode.slots:
             self._decodes.advance()
         return self._decodes

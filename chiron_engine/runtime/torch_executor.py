@@ -20,6 +20,7 @@ from .decode_graphs import DecodeGraphs
 from .kv_transfer import CopyBlocks, KvTransfer
 from .prompt_scores import PromptScores
 from .sampler import sample
+from .shared_prefixes import PrefixFinder
 from .slots import SlotStates
 from .step_inputs import StepInputs, StepPacker
 from .token_logprobs import Logprobs, logprobs_of
@@ -70,6 +71,7 @@ class TorchExecutor:
         max_slots: int,
         max_step_tokens: int,
         max_model_len: int,
+        prefixes: PrefixFinder | None = None,
     ) -> None:
         self.model = model
         self.device_pool = device_pool
@@ -95,7 +97,7 @@ class TorchExecutor:
         self._states = SlotStates(
             max_slots, table_width, model.spec.vocab_size, max_model_len, self.device, self._kernels
         )
-        self._packer = StepPacker(self._states, device_pool.block_size, self._kernels)
+        self._packer = StepPacker(self._states, device_pool.block_size, self._kernels, prefixes)
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=self.device)
         self._under_way: deque[TorchStep] = deque()
         self._closed = False
