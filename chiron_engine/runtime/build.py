@@ -185,15 +185,15 @@ def make_executor(
         max_slots=config.max_num_seqs,
         max_step_tokens=config.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
-        prefixes=_prefix_finder(config, model, sizes.block_size),
+        prefixes=_prefix_finder(config, model, pool),
     )
 
 
-def _prefix_finder(config: EngineConfig, model: CausalLM, block_size: int) -> PrefixFinder | None:
+def _prefix_finder(config: EngineConfig, model: CausalLM, pool: KvPool) -> PrefixFinder | None:
     """None where no kernel has a use for prefixes that requests share, or no request ever shares one."""
     if model.kernels is not Kernels.TRITON or config.disable_cascade_attn or not config.enable_prefix_caching:
         return None
-    return prefix_finder(model.spec, model.precision.kv, block_size, config.cascade_min_tokens)
+    return prefix_finder(model.spec, pool.dtype, pool.block_size, config.cascade_min_tokens)
 
 
 def _cpu_pool_bytes(config: EngineConfig, available: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +20,9 @@ TINY_KEYS, TINY_REQUESTS, TINY_KV_HEADS = 80, 2, 2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCase:
     """prompts: first in the batch. decodes: keys of each decoding request, its `query_len` new tokens
-    included. shared: keys that all requests have in common. Everything in bfloat16, but for keys and values
-    where kv_dtype says otherwise."""
+    included. shared: keys that all requests have in common; cascade: which are read once for all of them, and
+    timed beside decode attention, of one new token each and without prompts. Everything in bfloat16, but for
+    keys and values where kv_dtype says otherwise."""
 
     name: str
     prompts: tuple[Request, ...] = ()
@@ -34,11 +35,13 @@ class AttentionCase:
     window: int | None = None
     shared: int = 0
     kv_dtype: torch.dtype = torch.bfloat16
+    cascade: bool = False
     goal: Goal | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        wanted = (("prefill_attention", self.prompts), ("decode_attention", self.decodes))
+        decode = "cascade_attention" if self.cascade else "decode_attention"
+        wanted = (("prefill_attention", self.prompts), (decode, self.decodes))
         return tuple(name for name, some in wanted if some)
 
     @property
@@ -99,11 +102,18 @@ class AttentionCase:
             self.shared,
             self.kv_dtype,
         )
-        parts = [part for part in (self._prefill(inputs), self._decode(inputs)) if part is not None]
-        calls = [functools.partial(_attend, parts, layer) for layer in inputs.layers]
-        # Peers are prepared for keys and values of the type of the queries.
-        compared = inputs if self.kv_dtype == inputs.q.dtype else None
-        return Prepared(calls, lambda i, parts: inputs.error(i, torch.cat(parts)), ERROR_LIMIT, compared)
+        decode, alternatives = self._decode(inputs), {}
+        if self.cascade:
+            alternatives["decode_attention"] = _calls([decode], inputs)
+            decode = self._cascade(inputs)
+        return Prepared(
+            _calls([self._prefill(inputs), decode], inputs),
+            lambda i, parts: inputs.error(i, torch.cat(parts)),
+            ERROR_LIMIT,
+            # Peers are prepared for keys and values of the type of the queries.
+            inputs if self.kv_dtype == inputs.q.dtype else None,
+            alternatives,
+        )
 
     def _prefill(self, inputs: AttentionInputs) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if not self.prompts:
@@ -165,6 +175,38 @@ class AttentionCase:
             )
 
         return attend
+
+    def _cascade(self, inputs: AttentionInputs) -> Callable[[torch.Tensor], torch.Tensor]:
+        """One group of all requests."""
+        from chiron_kernels.gpu.cascade_attention import cascade_attention, cascade_step
+        from chiron_kernels.shared_prefixes import SharedPrefixes
+
+        count = len(self.decodes)
+        rows = inputs.numbers(list(range(count)))
+        shared = SharedPrefixes(
+            members=rows,
+            starts=inputs.numbers([0, count]),
+            table_rows=inputs.numbers([0]),
+            lens=inputs.numbers([self.shared]),
+            skipped=inputs.numbers([self.shared] * count),
+            longest=self.shared,
+            everyone=True,
+        )
+        lens = inputs.numbers(list(self.decodes))
+        step = cascade_step(shared, lens, inputs.layers[0], inputs.tables, rows, self.heads)
+
+        def attend(kv: torch.Tensor) -> torch.Tensor:
+            return cascade_attention(inputs.q, kv, inputs.tables, step, inputs.scale)
+
+        return attend
+
+
+def _calls(
+    parts: Sequence[Callable[[torch.Tensor], torch.Tensor] | None], inputs: AttentionInputs
+) -> list[Callable[[], list[torch.Tensor]]]:
+    """For each layer, of the parts that there are."""
+    used = [part for part in parts if part is not None]
+    return [functools.partial(_attend, used, layer) for layer in inputs.layers]
 
 
 def _attend(parts: list[Callable[[torch.Tensor], torch.Tensor]], kv: torch.Tensor) -> list[torch.Tensor]:

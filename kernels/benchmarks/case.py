@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -39,12 +39,14 @@ class Goal:
 class Prepared:
     """calls: the same work, each on data of its own, so that none finds its data in the cache.
     error: how far a call's result is from what is right, relative to it; limit: how far it may be. peers:
-    what other implementations need to do the same; None where there are none to compare with."""
+    what other implementations need to do the same; None where there are none to compare with. alternatives:
+    by name, calls that do the same on the same data by other kernels of ours."""
 
     calls: Sequence[Callable[[], Any]]
     error: Callable[[int, Any], float]
     limit: float
     peers: AttentionInputs | None = None
+    alternatives: Mapping[str, Sequence[Callable[[], Any]]] = field(default_factory=dict)
 
 
 class Case(Protocol):

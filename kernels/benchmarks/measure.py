@@ -29,14 +29,33 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, peers: Sequenc
     prepared = case.prepare(device, copies_for(work.bytes, device))
     error = checked(prepared)
     timing = time_calls(prepared.calls)
-    compared = [] if prepared.peers is None else [measure_peer(peer, prepared) for peer in peers]
+    compared = measure_alternatives(prepared)
+    if prepared.peers is not None:
+        compared += [measure_peer(peer, prepared) for peer in peers]
     return CaseResult(case, work, timing, error, ceilings, compared)
 
 
 def try_out(case: Case, device: torch.device) -> float:
     """Every call of the case in a tiny shape; the largest relative error. Raises as `measure` does."""
     prepared = case.tiny().prepare(device, TRIAL_COPIES)
-    return max(checked(prepared, number) for number in range(len(prepared.calls)))
+    tried = [prepared, *alternatives(prepared).values()]
+    return max(checked(each, number) for each in tried for number in range(len(each.calls)))
+
+
+def alternatives(prepared: Prepared) -> dict[str, Prepared]:
+    """Each to be held to the same limit."""
+    return {
+        name: Prepared(calls, prepared.error, prepared.limit) for name, calls in prepared.alternatives.items()
+    }
+
+
+def measure_alternatives(prepared: Prepared) -> list[PeerResult]:
+    """They are ours: one that is wrong is an error, as the case itself would be."""
+    found = []
+    for name, each in alternatives(prepared).items():
+        checked(each)
+        found.append(PeerResult(name, time_calls(each.calls).median))
+    return found
 
 
 def checked(prepared: Prepared, number: int = 0) -> float:

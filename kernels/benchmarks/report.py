@@ -60,7 +60,7 @@ def markdown(
         f"{ceilings.to_host / 1e9:.1f} GB/s.",
         "",
         f"us: median of {REPLAYS} replays of a CUDA graph, of one call; GB/s: bytes that are needed, by that "
-        "time. Beside a peer: its time by ours, so above 1 ours is faster.",
+        "time. Beside a peer, or another kernel of ours: its time by ours, so above 1 ours is faster.",
         "",
         *table(("case", "us", "GB/s", "% of copy", "TFLOP/s", "error", "goal", "peers"), _rows(results)),
     ]

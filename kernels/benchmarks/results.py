@@ -33,14 +33,20 @@ class CaseResult:
 
     @property
     def measures(self) -> dict[str, float]:
-        """By unit: time, bytes needed by time, that as a share of the copy, operations by time, and the time
-        of the other case by ours."""
+        """By unit: time, bytes needed by time, that as a share of the copy, operations by time, for each peer
+        its time by ours, and the time of the other case by ours."""
         rate = self.work.bytes / self.timing.median
+        ratios = {
+            f"x {peer.name}": peer.seconds / self.timing.median
+            for peer in self.peers
+            if peer.seconds is not None
+        }
         measures = {
             "us": self.timing.median * 1e6,
             "GB/s": rate / 1e9,
             "% of copy": 100 * rate / self.ceilings.copy,
             "TFLOP/s": self.work.flops / self.timing.median / 1e12,
+            **ratios,
         }
         return measures if self.other is None else {**measures, "x": self.other / self.timing.median}
 

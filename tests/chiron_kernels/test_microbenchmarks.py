@@ -15,7 +15,7 @@ import torch
 from benchmarks.attention import AttentionCase
 from benchmarks.attention_inputs import AttentionInputs, Request, exact_attention, make_inputs
 from benchmarks.case import Goal, Prepared, Work, relative_error
-from benchmarks.measure import WrongResult, checked, measure_peer, missing_kernels
+from benchmarks.measure import WrongResult, alternatives, checked, measure_peer, missing_kernels
 from benchmarks.norm import NormCase
 from benchmarks.peers import all_peers, is_installed, torch_sdpa
 from benchmarks.plot import plot_roofline
@@ -190,6 +190,27 @@ def test_8_bits_halve_the_bytes_of_keys_and_values() -> None:
             rows = 2 * case.heads * case.head_dim * 2 * sum(request.tokens for request in case.requests)
             assert 2 * (case.work().bytes - rows) == wide.work().bytes - rows
             assert case.goal is None or case.goal.than == wide.name
+
+
+def test_a_goal_beside_another_kernel() -> None:
+    def result(seconds: float | None) -> CaseResult:
+        case = replace(NORM, goal=Goal(5, "x decode_attention"))
+        work, timing = Work(bytes=10_000_000), Timing(10e-6, 9e-6, 11e-6)
+        return CaseResult(case, work, timing, 0.0, H100, [PeerResult("decode_attention", seconds)])
+
+    assert result(51e-6).reached is True and result(49e-6).reached is False
+    assert result(51e-6).measures["x decode_attention"] == pytest.approx(5.1)
+
+
+def test_another_kernel_is_tried_as_well() -> None:
+    prepared = case_named("D16").tiny().prepare(CPU, 1)
+    assert list(prepared.alternatives) == ["decode_attention"]
+    zeros = {"other": [lambda: torch.zeros(4)]}
+    ones = Prepared([lambda: torch.ones(4)], lambda _, x: relative_error(x, torch.ones(4)), 1e-2, None, zeros)
+    (other,) = alternatives(ones).values()
+    assert checked(ones) == 0.0
+    with pytest.raises(WrongResult, match=r"relative error 1\.0e\+00"):
+        checked(other)
 
 
 def test_the_results_are_written(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Prefixes that requests share while these are evicted, restored, recomputed and aborted, on Triton's
-kernels, interpreted where there is no GPU: each token is one that the whole sequence, computed at once, has as
-its best."""
+kernels, interpreted where there is no GPU: each token is the best of the whole sequence computed at once."""
 
 from __future__ import annotations
 
