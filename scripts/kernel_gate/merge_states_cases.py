@@ -14,14 +14,19 @@ LSE_LOADS = 6
 the one row whose result it stores."""
 
 
-def _launch(head_dim: int, dtype: torch.dtype) -> Launch:
+PLACE_LOADS = LSE_LOADS + 3
+"""And the place of each of these rows."""
+
+
+def _launch(head_dim: int, dtype: torch.dtype, placed: bool = False) -> Launch:
     values = torch.empty(64, 32, head_dim, dtype=dtype, device="meta")
     lse = torch.empty(64, 32, device="meta")
-    return merge_states_launch(values, lse, values, lse, values, lse)
+    places = torch.empty(64, dtype=torch.int64, device="meta") if placed else None
+    return merge_states_launch(values, lse, values, lse, values, lse, places)
 
 
 def cases() -> list[Case]:
-    return [
+    found = [
         Case(
             f"merge_states {head_dim} {short}",
             lambda h=head_dim, d=dtype: _launch(h, d),
@@ -30,3 +35,12 @@ def cases() -> list[Case]:
         for head_dim in HEAD_DIMS
         for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
     ]
+    found += [
+        Case(
+            f"merge_states {head_dim} bf16 of some rows",
+            lambda h=head_dim: _launch(h, torch.bfloat16, placed=True),
+            narrow_loads=PLACE_LOADS,
+        )
+        for head_dim in HEAD_DIMS
+    ]
+    return found

@@ -72,6 +72,7 @@ def _attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
+    causal: bool = True,
 ) -> Launch:
     heads, kv_heads = geometry.heads
     dim, dtype, tokens = geometry.head_dim, geometry.dtype, geometry.chunks * geometry.chunk
@@ -87,6 +88,8 @@ def _attention(
     if splits > 1:
         sums = torch.empty(splits, tokens, heads, device="meta")
         out = torch.empty(splits, tokens, heads, dim, device="meta")
+    # Where attention is not causal, it is the first of two parts that are joined by their sums.
+    lse = None if causal else torch.empty(tokens, heads, device="meta")
     return prefill_attention_launch(
         q,
         pool[:, :layer].unflatten(1, (geometry.block_size, 2, kv_heads, dim)),
@@ -100,7 +103,9 @@ def _attention(
         window,
         softcap,
         torch.empty(heads, dtype=dtype, device="meta") if sinks else None,
+        lse=lse,
         sums=sums,
+        causal=causal,
     )
 
 
@@ -139,6 +144,9 @@ MODELS = ((32, 8, 128), (32, 8, 64), (16, 8, 256), (28, 4, 128), (9, 3, 64), (32
 SHORT = ((4, 16), (8, 8), (8, 4))
 """Chunks and tokens of each: 64, 32 and 16 packed rows with 4 heads to a group."""
 
+SHARED = ((1, 64), (2, 16), (4, 4))
+"""Prefixes, and requests that share each: 128, 64 and 16 packed rows of a block."""
+
 
 def cases() -> list[Case]:
     found = []
@@ -165,6 +173,13 @@ def cases() -> list[Case]:
         found += _attention_cases(Geometry((32, 8), 128, page, dtype=torch.float16))
     for dim in (64, 128, 256):
         found.append(Case(f"merge_parts 16 D{dim}", lambda d=dim: _merge(16, d)))
+    for page in (16, 64):
+        for dim in (64, 128, 256):
+            for chunks, chunk in SHARED:
+                shared = Geometry((32, 8), dim, page, chunks, chunk)
+                found += _attention_cases(shared, splits=4, causal=False)
+        found += _attention_cases(Geometry((32, 8), 128, page, 1, 512), causal=False)
+        found += _attention_cases(Geometry((16, 8), 256, page, 1, 64), softcap=50.0, causal=False)
     for group in (1, 4, 7):
         geometry = Geometry((8 * group, 8), 128, 16, chunks=8, chunk=256)
         found.append(Case(f"query_blocks {geometry}", lambda g=geometry: _query_blocks(g)))

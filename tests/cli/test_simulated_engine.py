@@ -106,6 +106,7 @@ def test_serve_starts_them_and_text_works_with_a_tokenizer(tiny_llama: Path) -> 
         ([], "needs a profile"),
         (["--profile", PROFILE, "--time-scale", "0"], "time_scale is 0.0"),
         (["--profile", PROFILE, "--dtype", "float32"], "dtype does not apply"),
+        (["--profile", PROFILE, "--disable-cascade-attn"], "disable_cascade_attn does not apply"),
         (["--profile", PROFILE, "--max-num-seqs", "513"], "goes to 512"),
         (["--profile", PROFILE, "--max-num-batched-tokens", "8"], "room for a token of every request"),
         (["--profile", PROFILE, "--max-model-len", "200000"], "goes to 131072"),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,8 @@ USAGE = [
     (["engine", "m", "--device", "gpu"], "gpu"),
     (["engine", "m", "--swap-space", "4"], "4GiB"),
     (["engine", "m", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization"),
+    (["engine", "m", "--cascade-min-tokens", "0"], "--cascade-min-tokens"),
+    (["engine", "m", "--disable-cascade-attn", "--cascade-min-tokens", "9"], "disable_cascade_attn"),
     (["engine", "m", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
     (["engine", "m", "--join", "nowhere"], "HOST:PORT"),
     (["engine", "m", "--join", "no.such.host.invalid:1"], "the host is unknown"),
@@ -190,10 +193,30 @@ def test_an_engine_process_gets_the_same_configuration() -> None:
     assert parse_size(given["--kv-cache-memory"]) == 123456789
     assert arguments[arguments.index("--num-speculative-tokens") + 1] == "7"
     assert arguments[arguments.index("--kv-cache-dtype") + 1] == "fp8_e4m3"
+    off = EngineConfig(model="m", disable_cascade_attn=True)
+    assert to_arguments(off) == ["m", "--disable-cascade-attn"]
+    shortest = EngineConfig(model="m", cascade_min_tokens=512)
+    assert to_arguments(shortest) == ["m", "--cascade-min-tokens", "512"]
     assert to_arguments(engine_config("m", {})) == ["m"]
     assert EngineConfig(model="m") == engine_config("m", {})
     command = engine_command(config, 1000, "info")
     assert command[command.index("--threads") + 1] == "1000"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"cascade_min_tokens": 0}, "cascade_min_tokens is 0; it must be at least 1"),
+        ({"cascade_min_tokens": 1.5}, "cascade_min_tokens is 1.5; it must be a whole number"),
+        (
+            {"cascade_min_tokens": 64, "disable_cascade_attn": True},
+            "cascade_min_tokens is 64; with disable_cascade_attn it must be None",
+        ),
+    ],
+)
+def test_shared_prefixes_that_cannot_be(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        EngineConfig(model="m", **options)
 
 
 def test_guesses_for_a_request_are_bounded() -> None:
