@@ -19,6 +19,7 @@ from chiron_engine.model.precision import PRECISIONS, Precision
 from chiron_engine.model.source import resolve_model
 from chiron_engine.model.spec import ModelSpec
 
+from .cascade_variants import launch_cascade_variants
 from .errors import OutOfMemory
 from .graph_capture import GraphCapture, graph_capture_for
 from .host_memory import available_bytes, keep_freed_memory
@@ -72,6 +73,8 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
         executor = _with_pools(config, model, device, graphs, report)
         report("warm up", 0.0)
         warm_up(executor)
+        if device.type == "cuda":
+            launch_cascade_variants(executor)
         report("warm up", 1.0)
         if compiles_at_launch(model, device):
             report("compile kernels", 0.0)

@@ -98,7 +98,7 @@ class StepPacker:
         self._states = states
         self._block_size = block_size
         self._find_places = _places_by_kernel if kernels is Kernels.TRITON else _places
-        self._prefixes = prefixes
+        self.prefixes = prefixes
         self._decodes = DecodeRows(NO_DECODES, states)
 
     def pack(self, plan: StepPlan) -> StepInputs:
@@ -153,7 +153,7 @@ class StepPacker:
 
     def _advance_decodes(self, plan: StepPlan) -> DecodeRows:
         if plan.decode is not self._decodes.batch:
-            self._decodes = DecodeRows(plan.decode, self._states, self._prefixes)
+            self._decodes = DecodeRows(plan.decode, self._states, self.prefixes)
         elif plan.decode.slots:
             self._decodes.advance()
         return self._decodes

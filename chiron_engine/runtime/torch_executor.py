@@ -106,6 +106,15 @@ class TorchExecutor:
     def shape(self) -> ExecutorShape:
         return self._shape
 
+    @property
+    def prefixes(self) -> PrefixFinder | None:
+        """What finds prefixes that decoding requests share, which are then read once for all of them."""
+        return self._packer.prefixes
+
+    @prefixes.setter
+    def prefixes(self, finder: PrefixFinder | None) -> None:
+        self._packer.prefixes = finder
+
     def submit(self, plan: StepPlan) -> TorchStep:
         """Start a step. Raises RuntimeError when closed or when too many steps are under way. Any
         other exception leaves slots in an unknown state: the executor is then only good to close."""

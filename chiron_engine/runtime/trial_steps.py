@@ -41,11 +41,19 @@ LARGEST = replace(
 class TrialRequests:
     """Requests of equal length that take the first slots and blocks of an idle executor.
 
-    Each has `known` tokens and room in its table for `known + room`.
+    Each has `known` tokens and room in its table for `known + room`. The first `sharers` of them begin with
+    the same `shared` blocks.
     """
 
     def __init__(
-        self, executor: TorchExecutor, count: int, known: int, room: int, sampling: SamplingParams = GREEDY
+        self,
+        executor: TorchExecutor,
+        count: int,
+        known: int,
+        room: int,
+        sampling: SamplingParams = GREEDY,
+        sharers: int = 0,
+        shared: int = 0,
     ) -> None:
         shape = executor.shape
         width = -(-(known + room) // shape.block_size)
@@ -58,15 +66,19 @@ class TrialRequests:
         self._known = known
         tokens = [(7 * i + 1) % shape.vocab_size for i in range(known)]
         self._joined = [
-            Joined(slot, Request(slot, tokens, sampling, room), tokens, 0, self._blocks(slot, width))
-            for slot in range(count)
+            Joined(slot, Request(slot, tokens, sampling, room), tokens, 0, blocks)
+            for slot, blocks in enumerate(self._blocks(count, width, sharers, shared))
         ]
         self._decode = DecodeBatch(tuple(j.request for j in self._joined), tuple(range(count)))
         self._has_joined = False
 
     @staticmethod
-    def _blocks(slot: int, width: int) -> list[int]:
-        return list(range(slot * width, (slot + 1) * width))
+    def _blocks(count: int, width: int, sharers: int, shared: int) -> list[list[int]]:
+        """Of each request."""
+        blocks = [list(range(slot * width, (slot + 1) * width)) for slot in range(count)]
+        for of_request in blocks[:sharers]:
+            of_request[:shared] = range(shared)
+        return blocks
 
     def prefill(self, start: int = 0, end: int | None = None, scored: int = 0) -> float:
         """Compute tokens [start, end) of every request in one step, as if the KV before them were there, and

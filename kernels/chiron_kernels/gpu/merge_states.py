@@ -29,7 +29,8 @@ TILE_ELEMENTS = 2048
 """Values of a program: for each thread 2 loads of 16 bytes from either part."""
 
 
-@triton.jit
+# Not specialised: a number that varies while serving and that no alignment follows from.
+@triton.jit(do_not_specialize=["rows"])
 def _merge_states(
     first,  # [N, D] contiguous
     first_lse,  # float32 [N]

@@ -37,7 +37,14 @@ from chiron_kernels.gpu.launch import Launch, target_architecture
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
 from chiron_kernels.gpu.multiprocessors import multiprocessors
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS
-from chiron_kernels.gpu.prefill_plan import PrefillShape, check_arguments, check_out, choose_splits, tiling
+from chiron_kernels.gpu.prefill_plan import (
+    MOST_REGISTERS,
+    PrefillShape,
+    check_arguments,
+    check_out,
+    choose_splits,
+    tiling,
+)
 from chiron_kernels.gpu.prefill_tiles import attend_tiles
 from chiron_kernels.gpu.query_blocks import QueryBlocks
 
@@ -261,8 +268,16 @@ def _launch(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
-        max_registers=tile.registers,
+        # Where attention is not causal there are few rows, whose keys are dealt to programs that fill the GPU
+        # once: room for one more on a multiprocessor is not worth a spill.
+        max_registers=tile.registers if causal else MOST_REGISTERS,
     )
+
+
+def _most_registers(dim: int, warps: int, architecture: int, causal: bool) -> int | None:
+    if not causal:
+        return ALL_REGISTERS
+    return UNHURRIED if architecture > HOPPER and dim <= 64 and warps == 8 else None
 
 
 def prefill_attention_launch(
