@@ -73,12 +73,11 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
         executor = _with_pools(config, model, device, graphs, report)
         report("warm up", 0.0)
         warm_up(executor)
-        if device.type == "cuda":
-            launch_cascade_variants(executor)
         report("warm up", 1.0)
         if compiles_at_launch(model, device):
             report("compile kernels", 0.0)
             launch_all_variants(executor)
+            launch_cascade_variants(executor)
             report("compile kernels", 1.0)
         if graphs:
             report("capture graphs", 0.0)
