@@ -69,9 +69,9 @@ class DecodeGraphs:
             self._replays[size] = capture(partial(self._compute, size))
 
     def covers(self, batch: AttentionBatch) -> bool:
-        """Whether a step is replayed. This alone decides: chunks and drafts differ from step to step in the
-        sizes of their launches."""
-        return not batch.chunks and 0 < batch.num_decodes <= self.largest
+        """Whether a step is replayed. This alone decides: chunks, drafts and prefixes that rows share differ
+        from step to step in the sizes of their launches."""
+        return not batch.chunks and batch.cascade is None and 0 < batch.num_decodes <= self.largest
 
     def logits(self, slots: Tensor, lens: Tensor) -> Tensor:
         """float32 [B, vocab_size], good until the next call, for the newest token of each slot. slots, lens:

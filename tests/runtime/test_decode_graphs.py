@@ -21,6 +21,7 @@ from chiron_engine.policy.iteration.sampling_params import GREEDY, SamplingParam
 from chiron_engine.runtime.build import build_executor
 from chiron_engine.runtime.decode_graphs import LARGEST, DecodeGraphs, Work, capture_sizes
 from chiron_engine.runtime.graph_capture import GraphCapture, graph_capture_for
+from chiron_engine.runtime.shared_prefixes import CascadeRule, PrefixFinder
 from chiron_engine.runtime.torch_executor import TorchExecutor
 from chiron_engine.runtime.trial_steps import TrialRequests
 from tests.cli.tiny_llama import write_tiny_llama
@@ -332,3 +333,23 @@ def test_who_is_captured(config: EngineConfig, executor: TorchExecutor) -> None:
     torch_model = build_executor(replace(config, kernels=Kernels.TORCH.value))[0].model
     assert not torch_model.capturable
     assert not graph_capture_for(config, torch_model, cuda)
+
+
+def test_steps_with_shared_prefixes_are_launched_one_by_one(
+    executor: TorchExecutor, graphs: DecodeGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed: list[int] = []
+
+    def replay(slots: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        replayed.append(len(slots))
+        return graphs.eager_logits(slots, lens)
+
+    monkeypatch.setattr(graphs, "logits", replay)
+    finder, executor.prefixes = executor.prefixes, PrefixFinder(CascadeRule(BLOCK), BLOCK)
+    for sharers, expected in ((2, []), (0, [3])):
+        trial = TrialRequests(executor, 3, BLOCK + 1, 1, sharers=sharers, shared=1)
+        trial.prefill(start=BLOCK)
+        trial.decode()
+        trial.leave()
+        assert replayed == expected
+    executor.prefixes = finder
