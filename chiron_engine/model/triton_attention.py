@@ -105,6 +105,8 @@ class TritonAttention:
                 rule.scale,
                 softcap=rule.softcap,
                 sinks=rule.sinks,
+                k_scale=scales.keys,
+                v_scale=scales.values,
                 out=out[:count],
             )
         elif count:

@@ -17,7 +17,6 @@ from itertools import chain
 
 import numpy as np
 import torch
-from chiron_kernels.gpu.checks import FLOATS
 from chiron_kernels.gpu.paged_kv import LARGEST_HEAD
 from chiron_kernels.shared_prefixes import SharedPrefixes
 
@@ -180,10 +179,9 @@ def prefix_finder(
     spec: ModelSpec, kv_dtype: torch.dtype, block_size: int, min_tokens: int | None
 ) -> PrefixFinder | None:
     """For a model's mean layer; min_tokens as `cascade_rule` has it. None where no layer would gain: a prefix
-    is soon outside of a window, heads too large for Triton's kernels go through torch, and the kernel that
-    reads prefixes knows no pools of 8 bits."""
+    is soon outside of a window, and heads too large for Triton's kernels go through torch."""
     layers = [layer for layer in spec.unwindowed_layers if layer.head_dim <= LARGEST_HEAD]
-    if not layers or kv_dtype not in FLOATS:
+    if not layers:
         return None
     numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in layers) // len(layers)
     return PrefixFinder(cascade_rule(numbers * kv_dtype.itemsize, min_tokens), block_size)

@@ -176,8 +176,9 @@ def cases() -> list[Case]:
     for page in (16, 64):
         for dim in (64, 128, 256):
             for chunks, chunk in SHARED:
-                shared = Geometry((32, 8), dim, page, chunks, chunk)
-                found += _attention_cases(shared, splits=4, causal=False)
+                for eight_bits in (False, True):
+                    shared = Geometry((32, 8), dim, page, chunks, chunk, eight_bits=eight_bits)
+                    found += _attention_cases(shared, splits=4, causal=False)
         found += _attention_cases(Geometry((32, 8), 128, page, 1, 512), causal=False)
         found += _attention_cases(Geometry((16, 8), 256, page, 1, 64), softcap=50.0, causal=False)
     for group in (1, 4, 7):

@@ -86,4 +86,4 @@ def test_only_layers_that_see_all_keys_count(tmp_path) -> None:
     assert prefix_finder(spec((4, 4), 64, 64), half, 16, None) is None
     assert prefix_finder(spec((), 512), half, 16, None) is None
     assert prefix_finder(spec((4, None), 64, 64), half, 16, None) is not None
-    assert prefix_finder(spec((), 64), torch.float8_e4m3fn, 16, None) is None
+    assert prefix_finder(spec((), 64), torch.float8_e4m3fn, 16, None) is not None

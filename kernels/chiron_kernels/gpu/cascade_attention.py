@@ -30,7 +30,7 @@ from chiron_kernels.gpu.decode_attention import decode_attention
 from chiron_kernels.gpu.decode_plan import DecodeSplits
 from chiron_kernels.gpu.decode_splits import decode_splits
 from chiron_kernels.gpu.merge_states import merge_states_launch
-from chiron_kernels.gpu.paged_kv import check_kv, check_tables
+from chiron_kernels.gpu.paged_kv import STORED, check_kv, check_tables
 from chiron_kernels.gpu.prefill_attention import prefill_attention
 from chiron_kernels.gpu.query_blocks import QueryBlocks, query_blocks
 from chiron_kernels.shared_prefixes import SharedPrefixes
@@ -68,7 +68,7 @@ def cascade_step(
     and device count. tables: int64 [S, W] and table_rows: int64 [B], the block table of each request. heads:
     of queries. programs: as `decode_splits` has it. Raises ValueError for what does not fit.
     """
-    check_kv(kv)
+    check_kv(kv, STORED)
     check_tables(tables)
     check_shape("lens", lens, (None,))
     check_shape("table_rows", table_rows, (len(lens),))
@@ -128,29 +128,32 @@ def cascade_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `decode_attention` computes of one new token of each request, but for rounding: [B, Hq, D].
 
     q: [B, Hq, D], heads dense, rows any stride apart. kv: [num_blocks, block_size, 2, Hkv, D], a layer of the
-    pool, of q's dtype, in which the new tokens are already. tables: int64 [S, W], those of `step`, which is
-    of `cascade_step` for this step and geometry. scale, softcap, sinks, lse, out: as `decode_attention` has
-    them. There is no window: with one, a prefix that requests share is soon out of it. Raises ValueError for
-    what does not fit.
+    pool, in which the new tokens are already. tables: int64 [S, W], those of `step`, which is of
+    `cascade_step` for this step and geometry. scale, softcap, sinks, lse, k_scale, v_scale, out and the
+    dtypes: as `decode_attention` has them. There is no window: with one, a prefix that requests share is soon
+    out of it. Raises ValueError for what does not fit.
     """
     check_shape("q", q, (len(step.lens), None, None))
     if lse is None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     out = decode_attention(
         q, kv, step.tables, step.table_rows, step.lens, step.splits, scale,
-        softcap=softcap, sinks=sinks, lse=lse, out=out,
+        softcap=softcap, sinks=sinks, lse=lse, k_scale=k_scale, v_scale=v_scale, out=out,
     )  # fmt: skip
     shared = step.shared
     of_prefix = q if shared.everyone else q.index_select(0, shared.members)
     prefix_lse = torch.empty(of_prefix.shape[:2], dtype=torch.float32, device=q.device)
     prefix = prefill_attention(
         of_prefix, kv, tables, shared.table_rows, shared.starts, shared.lens, step.blocks, scale,
-        softcap=softcap, lse=prefix_lse, max_len=shared.longest, causal=False,
+        softcap=softcap, lse=prefix_lse, max_len=shared.longest,
+        k_scale=k_scale, v_scale=v_scale, causal=False,
     )  # fmt: skip
     places = None if shared.everyone else shared.members
     merge_states_launch(prefix, prefix_lse, out, lse, out, lse, places).run()

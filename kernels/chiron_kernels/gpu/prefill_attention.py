@@ -274,12 +274,6 @@ def _launch(
     )
 
 
-def _most_registers(dim: int, warps: int, architecture: int, causal: bool) -> int | None:
-    if not causal:
-        return ALL_REGISTERS
-    return UNHURRIED if architecture > HOPPER and dim <= 64 and warps == 8 else None
-
-
 def prefill_attention_launch(
     q: torch.Tensor,
     kv: torch.Tensor,

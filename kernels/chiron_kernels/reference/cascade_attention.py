@@ -17,6 +17,8 @@ def cascade_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v of the newest token of each request, in float64 and rounded to q's dtype:
     [B, Hq, D].
@@ -27,7 +29,10 @@ def cascade_attention(
     whole = _whole_tables(kv.shape[1], tables, step)
     lens = step.lens + step.shared.skipped
     rows = torch.arange(len(lens), device=q.device)
-    return decode_attention(q, kv, whole, rows, lens, None, scale, softcap=softcap, sinks=sinks, lse=lse)
+    return decode_attention(
+        q, kv, whole, rows, lens, None, scale,
+        softcap=softcap, sinks=sinks, lse=lse, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
 
 
 def _whole_tables(block_size: int, tables: torch.Tensor, step: CascadeStep) -> torch.Tensor:
