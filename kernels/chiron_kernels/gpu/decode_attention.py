@@ -52,7 +52,8 @@ from chiron_kernels.gpu.base_two import LN_2, LOG2_E, LOWEST
 from chiron_kernels.gpu.checks import check_shape
 from chiron_kernels.gpu.decode_checks import check_decode, check_results
 from chiron_kernels.gpu.decode_plan import DecodeSplits
-from chiron_kernels.gpu.launch import Launch, power_of_two_from, target_architecture
+from chiron_kernels.gpu.eight_bits import check_scales, check_target
+from chiron_kernels.gpu.launch import Launch, power_of_two_from
 from chiron_kernels.gpu.merge_splits import merge_splits_launch
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.pool_tiles import inside_tile, load_tile, look_up, tile_descriptor, tile_loads
@@ -77,9 +78,6 @@ than the 20 to 40 KiB that it takes to cover the latency of the memory at its fu
 MOST_STAGES = 5
 """Of the pipeline. Of small tiles (small heads, small blocks, 8 bits) BYTES_AHEAD would be more, but four
 under way in each of three programs cover the latency from 4 KiB on."""
-
-ADA = 89
-"""The first GPUs with 8-bit floats."""
 
 
 # Not specialised: numbers that vary while serving and that no alignment follows from.
@@ -256,8 +254,8 @@ def decode_attention_launch(
     `merge_splits`, written for the others. Otherwise as `decode_attention`."""
     check_decode(q, kv, tables, table_rows, lens, splits, window, softcap, sinks, query_len, lse)
     check_results(q, splits, out, partial, partial_lse)
-    if kv.dtype == EIGHT_BITS and target_architecture() < ADA:
-        raise ValueError("kv is float8_e4m3fn; it must be float16, bfloat16, float32 for GPUs before 8.9")
+    check_target(kv)
+    check_scales(k_scale, v_scale)
     _, block_size, _, kv_heads, head_dim = kv.shape
     group = q.shape[1] // kv_heads
     columns = max(power_of_two_from(head_dim), FEWEST_COLUMNS)

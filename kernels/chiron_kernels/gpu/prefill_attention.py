@@ -24,16 +24,15 @@ whose partial results `merge_parts` joins.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from chiron_kernels.gpu.base_two import LN_2, LOG2_E, LOWEST
 from chiron_kernels.gpu.checks import check_dtype
 from chiron_kernels.gpu.eight_bits import check_scales, check_target
-from chiron_kernels.gpu.launch import Launch, target_architecture
+from chiron_kernels.gpu.launch import Launch, power_of_two_from, target_architecture
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
 from chiron_kernels.gpu.multiprocessors import multiprocessors
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS
@@ -47,12 +46,6 @@ from chiron_kernels.gpu.prefill_plan import (
 )
 from chiron_kernels.gpu.prefill_tiles import attend_tiles
 from chiron_kernels.gpu.query_blocks import QueryBlocks
-
-FLOOR = tl.constexpr(-1.0e38)
-"""The maximum before the first score: below every score, and finite, as -inf less -inf is no number."""
-
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
 
 Inputs = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, QueryBlocks, float
@@ -155,11 +148,13 @@ def _prefill_attention(
         full_from = tl.minimum(tl.maximum(full_from, tile_from), tile_to)
     full_to = tl.maximum(tl.minimum((first + 1) // TILE, tile_to), full_from)
 
-    highest = tl.full([ROWS], FLOOR, tl.float32)
+    highest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if HAS_SINKS:
         # As a first key with this score and no value, in the first split alone.
-        sink = tl.load(sinks + q_head, mask=exists, other=0.0).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + q_head, mask=exists, other=0.0).to(tl.float32) * LOG2_E
+        # A sink may be -inf. One that is NaN makes NaN of its rows.
+        sink = tl.maximum(sink, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         highest = tl.where(split == 0, sink, highest)
         total = tl.where(split == 0, 1.0, total)
     state = (tl.zeros([ROWS, DIM], tl.float32), highest, total)
@@ -192,7 +187,7 @@ def _prefill_attention(
         at += split.to(tl.int64) * tokens * heads
         tl.store(lse + at, log_sum, mask=exists)
     elif HAS_LSE:
-        tl.store(lse + at, log_sum * LN2, mask=exists)
+        tl.store(lse + at, log_sum * LN_2, mask=exists)
     result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
     stored = (exists & some)[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(out + (at * HEAD_DIM)[:, None] + dim[None, :], result, mask=stored)
@@ -218,7 +213,7 @@ def _launch(
     check_scales(k_scale, v_scale)
     architecture = target_architecture()
     tile = tiling(shape, blocks.rows, kv, architecture)
-    dim = triton.next_power_of_2(shape.head_dim)
+    dim = power_of_two_from(shape.head_dim)
     score_scale = scale * k_scale
     pages = None
     if tile.by_tensor:
@@ -247,7 +242,7 @@ def _launch(
             "token_stride": kv.stride(1),
             "value_offset": kv.stride(2),
             "cap_scale": 0.0 if softcap is None else score_scale / softcap,
-            "unit": (score_scale if softcap is None else softcap) * LOG2E.value,
+            "unit": (score_scale if softcap is None else softcap) * LOG2_E.value,
             "window": 0 if window is None else window,
             "v_scale": v_scale,
             "BY_TENSOR": tile.by_tensor,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from chiron_kernels.gpu.checks import FLOATS, HALVES, check_contiguous, check_device, check_dtype, check_shape
-from chiron_kernels.gpu.launch import HOPPER
+from chiron_kernels.gpu.launch import HOPPER, power_of_two_from
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS, STORED, check_kv, check_tables
 from chiron_kernels.gpu.query_blocks import QueryBlocks
@@ -59,7 +58,7 @@ class PrefillShape:
 def tiling(shape: PrefillShape, rows: int, kv: torch.Tensor, architecture: int) -> Tiling:
     """The tiles for blocks of `rows`: found by compiling, the largest and the deepest pipeline that spill no
     registers."""
-    dim = triton.next_power_of_2(shape.head_dim)
+    dim = power_of_two_from(shape.head_dim)
     if kv.dtype == torch.float32:
         return Tiling(keys=16, warps=8 if rows > 32 else 4, stages=1, by_tensor=False)
     if architecture < HOPPER:

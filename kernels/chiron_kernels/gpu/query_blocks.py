@@ -154,10 +154,10 @@ def query_blocks_launch(
         check_contiguous(name, tensor)
     check_device(query_starts, context_lens=context_lens, entries=blocks.entries, count=blocks.count)
     # A program at least, which counts, where no chunk has a token.
-    longest = max(triton.cdiv(tokens * blocks.group, blocks.rows), 1)
+    longest = max(-(-tokens * blocks.group // blocks.rows), 1)
     return Launch(
         _query_blocks,
-        (chunks, triton.cdiv(longest, LANES)),
+        (chunks, -(-longest // LANES)),
         {
             "query_starts": query_starts,
             "context_lens": context_lens,

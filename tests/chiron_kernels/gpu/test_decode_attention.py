@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chiron_kernels.gpu import decode_attention as attention_module
-from chiron_kernels.gpu import pool_tiles
+from chiron_kernels.gpu import eight_bits, pool_tiles
 from chiron_kernels.gpu.decode_attention import decode_attention, decode_attention_launch
 from chiron_kernels.gpu.merge_splits import merge_splits_launch
 
@@ -208,6 +207,6 @@ def test_keys_and_values_of_8_bits(block_size: int, q_dtype: torch.dtype, device
 def test_8_bits_before_there_were_any(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch([70], device, dtype=torch.float8_e4m3fn)
     batch.q = batch.q.half()
-    monkeypatch.setattr(attention_module, "target_architecture", lambda: AMPERE)
+    monkeypatch.setattr(eight_bits, "target_architecture", lambda: AMPERE)
     with pytest.raises(ValueError, match="kv is float8_e4m3fn; it must be float16"):
         batch.attend()

@@ -89,6 +89,14 @@ def test_sinks_alone(device: torch.device) -> None:
     check(step(LONG, device, dtype=torch.float32), sinks=torch.tensor([1.0, 2.0, -5.0, 9.0], device=device))
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("window", [None, 1])
+def test_sinks_that_are_none(window: int | None, splits: int, device: torch.device) -> None:
+    """Of heads without one, where a window of 1 leaves rows that see nothing of their first tile."""
+    sinks = torch.tensor([-torch.inf, torch.finfo(torch.float32).min, 0.5, -torch.inf], device=device)
+    check(step(LONG, device, dtype=torch.float32), window=window, sinks=sinks, splits=splits)
+
+
 @pytest.mark.parametrize("splits", [2, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_splits(splits: int, dtype: torch.dtype, device: torch.device) -> None:
