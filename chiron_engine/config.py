@@ -103,10 +103,11 @@ class EngineConfig:
         _within("num_speculative_tokens", self.num_speculative_tokens, 0, MOST_GUESSES)
         for name in POSITIVE:
             _at_least(name, getattr(self, name), 1)
-        if self.disable_cascade_attn and self.cascade_min_tokens is not None:
-            raise ValueError(
-                f"cascade_min_tokens is {self.cascade_min_tokens}; with disable_cascade_attn it must be None"
-            )
+        off = "disable_cascade_attn" if self.disable_cascade_attn else "prefix caching off"
+        if self.cascade_min_tokens is not None and (
+            self.disable_cascade_attn or not self.enable_prefix_caching
+        ):
+            raise ValueError(f"cascade_min_tokens is {self.cascade_min_tokens}; with {off} it must be None")
 
     def _check_simulated(self) -> None:
         if self.executor == "simulated":

@@ -30,6 +30,9 @@ TORCH_ONLY = (
     "device",
     "gpu_memory_utilization",
     "threads",
+    "kernels",
+    "kv_cache_dtype",
+    "enforce_eager",
     "disable_cascade_attn",
     "cascade_min_tokens",
 )

@@ -13,10 +13,11 @@ probabilities, for attention that computes in 8 bits; ours does not, and reads o
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from chiron_kernels.gpu.paged_kv import LARGEST_SCALE, LEAST_SCALE
 
 from chiron_engine.model.checkpoint import Checkpoint
 from chiron_engine.model.errors import ModelError
@@ -50,8 +51,8 @@ def is_attention_scale(name: str) -> bool:
 
 
 def read_kv_scales(weights: Checkpoint) -> LayerScales:
-    """All scales of keys and values in the checkpoint. Raises ModelError for one that is not one positive
-    finite number, and for two of the same."""
+    """All scales of keys and values in the checkpoint. Raises ModelError for one that is not one number, or
+    out of bounds, and for two of the same."""
     found: dict[int, KvScales] = {}
     source: dict[tuple[int, str], str] = {}
     for name in weights.names():
@@ -63,7 +64,7 @@ def read_kv_scales(weights: Checkpoint) -> LayerScales:
         if other != name:
             raise ModelError(f"{other} and {name} are both the scale of the {field} of layer {layer}")
         scale = weights.read_number(name)
-        if not 0 < scale < math.inf:
-            raise ModelError(f"{name} is {scale}; a scale must be positive and finite")
+        if not LEAST_SCALE <= scale <= LARGEST_SCALE:
+            raise ModelError(f"{name} is {scale}; a scale must be {LEAST_SCALE:.3g} to {LARGEST_SCALE:.3g}")
         found[layer] = replace(found.get(layer, KvScales()), **{field: scale})
     return found

@@ -60,6 +60,7 @@ def build_executor(config: EngineConfig, progress: Progress | None = None) -> tu
     kernels = named_kernels(config.kernels, device)
     check_capacities(config, kernels)
     check_kv_cache_dtype(config.kv_cache_dtype, kernels, device)
+    _check_cascade(config, kernels)
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     if device.type == "cpu":
         keep_freed_memory()
@@ -189,6 +190,14 @@ def make_executor(
         max_model_len=sizes.max_model_len,
         prefixes=_prefix_finder(config, model, pool),
     )
+
+
+def _check_cascade(config: EngineConfig, kernels: Kernels) -> None:
+    if config.cascade_min_tokens is not None and kernels is not Kernels.TRITON:
+        raise ValueError(
+            f"cascade_min_tokens is {config.cascade_min_tokens}, which needs Triton's kernels; here kernels "
+            f"is {kernels.value!r}, for which it must be None"
+        )
 
 
 def _prefix_finder(config: EngineConfig, model: CausalLM, pool: KvPool) -> PrefixFinder | None:

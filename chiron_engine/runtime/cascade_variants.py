@@ -37,10 +37,12 @@ def _decode_together(executor: TorchExecutor, sharers: int, blocks: int) -> bool
     where they do not fit."""
     shape = executor.shape
     known = blocks * shape.block_size + 1
-    fit = min(shape.max_slots, shape.num_device_blocks // (blocks + 1))
-    if known >= shape.max_model_len or sharers > fit:
+    width = -(-(known + 1) // shape.block_size)
+    together = blocks + sharers * (width - blocks)
+    if known >= shape.max_model_len or sharers > shape.max_slots or together > shape.num_device_blocks:
         return False
-    for count in range(sharers, min(sharers + 1, fit) + 1):
+    one_more = sharers < shape.max_slots and together + width <= shape.num_device_blocks
+    for count in (sharers, sharers + 1) if one_more else (sharers,):
         trial = TrialRequests(executor, count, known, 1, sharers=sharers, shared=blocks)
         trial.prefill(start=known - 1)
         trial.decode()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 
@@ -40,11 +41,21 @@ class CudaCapture:
         with torch.cuda.stream(torch.cuda.current_stream(self._stream.device)):
             self._warm_up(work)
             # Other threads may use the device meanwhile: only this one's calls can break the capture.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                work()
+            try:
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    work()
+            except Exception:
+                self._end_allocations()
+                raise
         return graph.replay
+
+    def _end_allocations(self) -> None:
+        """Up to torch 2.12 the allocator takes a capture that failed to be going on still, and never gives
+        memory back. Later ones know that it ended, and say so."""
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
 
     def _warm_up(self, work: Work) -> None:
         """Kernels are compiled and loaded, and libraries take their workspaces, at first use: none of which
@@ -77,14 +88,12 @@ class GraphCapture:
         try:
             with torch.inference_mode(), _on(executor.device):
                 executor.decode_graphs = _tried_graphs(executor, self._make_capture())
+            return
         except Exception as error:  # whatever it is: an engine without graphs is slower, and right
             self._make_capture = None
-            first = _first_cause(error)
-            logger.error(
-                "decode steps are launched kernel by kernel, as capturing them in CUDA graphs failed: %s: %s",
-                type(first).__name__,
-                first,
-            )
+            _log_failure(error)
+        # The frames of the error hold the graphs, and with them memory that is wanted for KV.
+        gc.collect()
 
 
 def graph_capture_for(config: EngineConfig, model: CausalLM, device: torch.device) -> GraphCapture:
@@ -92,6 +101,15 @@ def graph_capture_for(config: EngineConfig, model: CausalLM, device: torch.devic
     if device.type != "cuda" or config.enforce_eager or not model.capturable:
         return GraphCapture(None)
     return GraphCapture(lambda: CudaCapture(device))
+
+
+def _log_failure(error: BaseException) -> None:
+    first = _first_cause(error)
+    logger.error(
+        "decode steps are launched kernel by kernel, as capturing them in CUDA graphs failed: %s: %s",
+        type(first).__name__,
+        str(first),  # a record that is kept must not keep the error, and with it the graphs
+    )
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -102,7 +120,7 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Launches go to the device that is current."""
+    """Captures are of the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

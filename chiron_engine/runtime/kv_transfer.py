@@ -127,10 +127,9 @@ class KvTransfer:
         pools: only before use."""
         if self._copy_blocks is None:
             return
-        with self._own_device():
-            device, host = self._rows([BlockCopy(0, 0)])
-            self._copy_blocks(self._device, device, self._host, host)
-            self._copy_blocks(self._host, host, self._device, device)
+        device, host = self._rows([BlockCopy(0, 0)])
+        self._copy_blocks(self._device, device, self._host, host)
+        self._copy_blocks(self._host, host, self._device, device)
 
     def measure(self, blocks: int = 16) -> TransferTimes:
         """Time copies of single scattered blocks. Overwrites blocks of both pools: only before use."""
@@ -138,7 +137,7 @@ class KvTransfer:
             return self._measure(blocks)
 
     def _own_device(self) -> contextlib.AbstractContextManager[object]:
-        """A kernel is launched on the current device, whatever its arguments lie on."""
+        """Events are recorded on the current device."""
         on_cuda = self._device.device.type == "cuda"
         return torch.cuda.device(self._device.device) if on_cuda else contextlib.nullcontext()
 

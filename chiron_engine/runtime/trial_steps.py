@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -57,9 +58,11 @@ class TrialRequests:
     ) -> None:
         shape = executor.shape
         width = -(-(known + room) // shape.block_size)
-        if count > shape.max_slots or count * width > shape.num_device_blocks:
+        tables = _tables(count, width, sharers, shared)
+        needed = 1 + max(block for table in tables for block in table)
+        if count > shape.max_slots or needed > shape.num_device_blocks:
             raise ValueError(
-                f"{count} requests of {known + room} tokens need {count} slots and {count * width} blocks; "
+                f"{count} requests of {known + room} tokens need {count} slots and {needed} blocks; "
                 f"there are {shape.max_slots} and {shape.num_device_blocks}"
             )
         self._executor = executor
@@ -67,18 +70,10 @@ class TrialRequests:
         tokens = [(7 * i + 1) % shape.vocab_size for i in range(known)]
         self._joined = [
             Joined(slot, Request(slot, tokens, sampling, room), tokens, 0, blocks)
-            for slot, blocks in enumerate(self._blocks(count, width, sharers, shared))
+            for slot, blocks in enumerate(tables)
         ]
         self._decode = DecodeBatch(tuple(j.request for j in self._joined), tuple(range(count)))
         self._has_joined = False
-
-    @staticmethod
-    def _blocks(count: int, width: int, sharers: int, shared: int) -> list[list[int]]:
-        """Of each request."""
-        blocks = [list(range(slot * width, (slot + 1) * width)) for slot in range(count)]
-        for of_request in blocks[:sharers]:
-            of_request[:shared] = range(shared)
-        return blocks
 
     def prefill(self, start: int = 0, end: int | None = None, scored: int = 0) -> float:
         """Compute tokens [start, end) of every request in one step, as if the KV before them were there, and
@@ -103,6 +98,17 @@ class TrialRequests:
 
     def _run(self, plan: StepPlan) -> float:
         return self._executor.collect(self._executor.submit(plan)).device_s
+
+
+def _tables(count: int, width: int, sharers: int, shared: int) -> list[list[int]]:
+    """Block tables of requests that take the first blocks there are: those that are shared, then each
+    request's own."""
+    free = iter(range(shared if sharers else 0, count * width + 1))
+    common = list(range(shared))
+    return [
+        [*common, *islice(free, width - shared)] if slot < sharers else list(islice(free, width))
+        for slot in range(count)
+    ]
 
 
 def warm_up(executor: TorchExecutor) -> None:

@@ -212,6 +212,10 @@ def test_an_engine_process_gets_the_same_configuration() -> None:
             {"cascade_min_tokens": 64, "disable_cascade_attn": True},
             "cascade_min_tokens is 64; with disable_cascade_attn it must be None",
         ),
+        (
+            {"cascade_min_tokens": 64, "enable_prefix_caching": False},
+            "cascade_min_tokens is 64; with prefix caching off it must be None",
+        ),
     ],
 )
 def test_shared_prefixes_that_cannot_be(options: dict[str, Any], says: str) -> None:

@@ -112,8 +112,9 @@ def test_names_of_scales(keys: str, values: str, shape: tuple[int, ...], tmp_pat
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({"k_scale": 0.0}, r"layers\.0\.self_attn\.k_scale is 0\.0; a scale must be positive and finite"),
+        ({"k_scale": 0.0}, r"layers\.0\.self_attn\.k_scale is 0\.0; a scale must be 1\.18e-38 to 8\.51e\+37"),
         ({"v_scale": -1.0}, r"v_scale is -1\.0"),
+        ({"k_scale": 1e-40}, r"k_scale is 9.999.*e-41; a scale must be"),
         ({"v_proj.v_scale": float("inf")}, r"v_proj\.v_scale is inf"),
         ({"k_proj.output_scale": float("nan")}, r"k_proj\.output_scale is nan"),
         ({"k_scale": [1.0, 2.0]}, r"k_scale has shape \[2\]; it must be one number"),

@@ -212,6 +212,12 @@ def test_too_little_memory_is_named(config: EngineConfig, monkeypatch: pytest.Mo
         build_executor(config)
 
 
+def test_shared_prefixes_need_the_kernels_that_read_them() -> None:
+    config = EngineConfig(model="smollm2", device="cpu", kernels="torch", cascade_min_tokens=64)
+    with pytest.raises(ValueError, match="cascade_min_tokens is 64, which needs Triton's kernels"):
+        build_executor(config)
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", ""])
 def test_unknown_devices_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="auto, cpu, cuda"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from chiron_engine.runtime import cascade_variants
 from chiron_engine.runtime.cascade_variants import launch_cascade_variants
 from chiron_engine.runtime.shared_prefixes import CascadeRule, PrefixFinder
 from chiron_engine.runtime.torch_executor import TorchExecutor
+from chiron_engine.runtime.trial_steps import TrialRequests
 from tests.triton_interpreter import install
 
 BLOCK, SLOTS = 16, 6
@@ -31,11 +33,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Variant = tuple[Hashable, ...]
 
 
-def make_executor(finder: PrefixFinder | None) -> TorchExecutor:
+def make_executor(finder: PrefixFinder | None, blocks: int = 48) -> TorchExecutor:
     if DEVICE.type == "cpu":
         install()
     model = TinyCausalLM(device=str(DEVICE), kernels=Kernels.TRITON)
-    pool = KvPool(48, BLOCK, model.spec.layers, torch.float32, DEVICE)
+    pool = KvPool(blocks, BLOCK, model.spec.layers, torch.float32, DEVICE)
     return TorchExecutor(
         model, pool, None, max_slots=SLOTS, max_step_tokens=64, max_model_len=192, prefixes=finder
     )
@@ -93,6 +95,21 @@ def test_serving_asks_for_nothing_else(in_cascade: set[Variant], monkeypatch: py
     assert {name for name, *_ in in_cascade} >= {"_prefill_attention", "_merge_parts", "_merge_states"}
     assert in_cascade <= ready
     assert {dict(rest)["PLACED"] for name, _, _, *rest in ready if name == "_merge_states"} == {False, True}
+
+
+def test_blocks_that_are_shared_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool with room for 2 requests of this length has room for 4 that share nearly all of it."""
+    tried = []
+
+    class Recorded(TrialRequests):
+        def __init__(self, *arguments: Any, sharers: int, shared: int) -> None:
+            tried.append((shared, sharers))
+            super().__init__(*arguments, sharers=sharers, shared=shared)
+
+    monkeypatch.setattr(cascade_variants, "TrialRequests", Recorded)
+    monkeypatch.setattr(cascade_variants, "LONG_PREFIX", 10 * BLOCK)
+    launch_cascade_variants(make_executor(PrefixFinder(CascadeRule(BLOCK), BLOCK), blocks=24))
+    assert set(tried) == {(1, 2), (1, 4), (10, 2), (10, 4)}
 
 
 def test_nothing_where_no_prefixes_are_looked_for(in_cascade: set[Variant]) -> None:

@@ -3,7 +3,9 @@ again over the same memory: what padding, buffers and the choice of a size come 
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -313,6 +315,26 @@ def test_graphs_that_give_other_logits_are_not_used(
     (record,) = caplog.records
     assert "differ by up to" in record.getMessage()
     assert executor.decode_graphs is None
+
+
+def test_graphs_that_failed_leave_their_memory(
+    executor: TorchExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def make() -> DecodeGraphs:
+        graphs = DecodeGraphs(executor.model, executor.device_pool, executor._packer, 2)
+        made.append(weakref.ref(graphs))
+        return graphs
+
+    monkeypatch.setattr(executor, "make_decode_graphs", make)
+    gc.disable()
+    try:
+        GraphCapture(lambda: do_nothing).apply(executor)
+    finally:
+        gc.enable()
+    (graphs,) = made
+    assert graphs() is None
 
 
 def test_graphs_are_tried_out_in_pools_too_small_for_their_largest(config: EngineConfig) -> None:

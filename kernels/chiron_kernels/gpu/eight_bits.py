@@ -11,14 +11,12 @@ well, that of the interpreter need not.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from chiron_kernels.gpu.launch import target_architecture
-from chiron_kernels.gpu.paged_kv import EIGHT_BITS
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS, LARGEST_SCALE, LEAST_SCALE
 
 ADA = 89
 """The first GPUs with 8-bit floats."""
@@ -42,15 +40,15 @@ def check_target(kv: torch.Tensor) -> None:
 
 
 def check_scales(k_scale: float, v_scale: float) -> None:
-    """Raises ValueError for a scale that is not positive and finite."""
+    """Raises ValueError for a scale out of bounds."""
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if not 0 < scale < math.inf:
-            raise ValueError(f"{name} is {scale}; it must be positive and finite")
+        if not LEAST_SCALE <= scale <= LARGEST_SCALE:
+            raise ValueError(f"{name} is {scale}; it must be {LEAST_SCALE:.3g} to {LARGEST_SCALE:.3g}")
 
 
 def inverse_scales(kv: torch.Tensor, k_scale: float, v_scale: float) -> tuple[float, float]:
-    """What keys and what values are multiplied with to be stored. Raises ValueError for a scale that is not
-    positive and finite, and for one other than 1 of a pool that is not of 8 bits."""
+    """What keys and what values are multiplied with to be stored. Raises ValueError for a scale out of
+    bounds, and for one other than 1 of a pool that is not of 8 bits."""
     check_scales(k_scale, v_scale)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale != 1 and kv.dtype != EIGHT_BITS:

@@ -37,7 +37,6 @@ from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
 from chiron_kernels.gpu.multiprocessors import multiprocessors
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.prefill_plan import (
-    MOST_REGISTERS,
     PrefillShape,
     check_arguments,
     check_out,
@@ -212,7 +211,7 @@ def _launch(
     check_target(kv)
     check_scales(k_scale, v_scale)
     architecture = target_architecture()
-    tile = tiling(shape, blocks.rows, kv, architecture)
+    tile = tiling(shape, blocks.rows, kv, architecture, causal)
     dim = power_of_two_from(shape.head_dim)
     score_scale = scale * k_scale
     pages = None
@@ -263,9 +262,7 @@ def _launch(
         },
         num_warps=tile.warps,
         num_stages=tile.stages,
-        # Where attention is not causal there are few rows, whose keys are dealt to programs that fill the GPU
-        # once: room for one more on a multiprocessor is not worth a spill.
-        max_registers=tile.registers if causal else MOST_REGISTERS,
+        max_registers=tile.registers,
     )
 
 

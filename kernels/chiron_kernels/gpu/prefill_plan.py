@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,9 +55,23 @@ class PrefillShape:
         return self.heads // self.kv_heads
 
 
-def tiling(shape: PrefillShape, rows: int, kv: torch.Tensor, architecture: int) -> Tiling:
+def tiling(
+    shape: PrefillShape, rows: int, kv: torch.Tensor, architecture: int, causal: bool = True
+) -> Tiling:
     """The tiles for blocks of `rows`: found by compiling, the largest and the deepest pipeline that spill no
     registers."""
+    tile = _causal_tiling(shape, rows, kv, architecture)
+    if causal:
+        return tile
+    # There are few rows, whose keys are dealt to programs that fill the GPU once: room for one more on a
+    # multiprocessor is not worth a spill.
+    tile = replace(tile, registers=MOST_REGISTERS)
+    if shape.head_dim > 128 and kv.dtype == EIGHT_BITS and tile.by_tensor:
+        return replace(tile, keys=16)
+    return tile
+
+
+def _causal_tiling(shape: PrefillShape, rows: int, kv: torch.Tensor, architecture: int) -> Tiling:
     dim = power_of_two_from(shape.head_dim)
     if kv.dtype == torch.float32:
         return Tiling(keys=16, warps=8 if rows > 32 else 4, stages=1, by_tensor=False)
@@ -65,7 +79,8 @@ def tiling(shape: PrefillShape, rows: int, kv: torch.Tensor, architecture: int) 
         short = rows < (64 if dim <= 128 else 32)
         keys = 64 if short or dim <= 64 else 32
         warps = 8 if dim > 64 or rows >= 64 else 4
-        return Tiling(keys, warps, stages=2 if short and dim > 128 else 3, by_tensor=False)
+        registers = UNHURRIED if dim <= 64 and warps == 4 else None
+        return Tiling(keys, warps, 2 if short and dim > 128 else 3, by_tensor=False, registers=registers)
     keys = 64 if dim <= 128 else 32
     by_tensor = shape.block_size >= keys and aligned_for_tensor_copies(kv)
     converts = kv.dtype == EIGHT_BITS and not by_tensor

@@ -49,10 +49,15 @@ def test_softcap_and_sinks_count_once(dtype: torch.dtype, device: torch.device) 
     check_cascade(lens, groups, device, dtype=dtype, sinks=sinks)
 
 
-@pytest.mark.parametrize("q_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("q_dtype", "head_dim"), [(torch.float16, 64), (torch.bfloat16, 64), (torch.float16, 256)]
+)
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_keys_and_values_of_8_bits(block_size: int, q_dtype: torch.dtype, device: torch.device) -> None:
-    batch = make_batch([130, 70, 200, 129], device, block_size=block_size, dtype=torch.float8_e4m3fn)
+def test_keys_and_values_of_8_bits(
+    block_size: int, q_dtype: torch.dtype, head_dim: int, device: torch.device
+) -> None:
+    shape = {"block_size": block_size, "head_dim": head_dim, "dtype": torch.float8_e4m3fn}
+    batch = make_batch([130, 70, 200, 129], device, **shape)
     batch.q = batch.q.to(q_dtype)
     step = step_of(batch, make_shared(batch, [((0, 2, 3), 128 // block_size)]))
     scales = {"k_scale": 0.5, "v_scale": 3.0}
