@@ -100,7 +100,6 @@ class TritonAttention:
             cascade_attention(
                 q[:count],
                 kv,
-                batch.tables,
                 self._cascade_for(q, kv, batch, batch.cascade),
                 rule.scale,
                 softcap=rule.softcap,

@@ -196,7 +196,7 @@ class AttentionCase:
         step = cascade_step(shared, lens, inputs.layers[0], inputs.tables, rows, self.heads)
 
         def attend(kv: torch.Tensor) -> torch.Tensor:
-            return cascade_attention(inputs.q, kv, inputs.tables, step, inputs.scale)
+            return cascade_attention(inputs.q, kv, step, inputs.scale)
 
         return attend
 

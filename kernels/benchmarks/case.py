@@ -32,7 +32,9 @@ class Goal:
     than: str = ""
 
     def __str__(self) -> str:
-        return f"{self.value:g} {self.unit} {self.than}".rstrip()
+        if self.than:
+            return f"{self.value:g} times as quick as {self.than}"
+        return f"{self.value:g} {self.unit}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.attention import AttentionCase
 from benchmarks.case import Case, Prepared
 from benchmarks.peers import Peer, Unsupported, is_installed
 from benchmarks.results import CaseResult, PeerResult
@@ -21,6 +22,14 @@ class WrongResult(Exception):
 
 def missing_kernels(case: Case) -> list[str]:
     return [name for name in case.kernels if importlib.util.find_spec(f"chiron_kernels.gpu.{name}") is None]
+
+
+def missing_floats(case: Case, device: torch.device) -> str:
+    """The type that the case is over and the GPU does not have; empty if there is none."""
+    if device.type != "cuda" or not isinstance(case, AttentionCase):
+        return ""
+    has_8_bits = torch.cuda.get_device_capability(device) >= (8, 9)
+    return "" if has_8_bits or case.kv_dtype != torch.float8_e4m3fn else "float8_e4m3fn"
 
 
 def measure(case: Case, device: torch.device, ceilings: Ceilings, peers: Sequence[Peer]) -> CaseResult:

@@ -108,7 +108,8 @@ def _goal(result: CaseResult) -> str:
         return ""
     if result.reached is None:
         return f"{result.case.goal}: not timed in this run"
-    value = f" ({result.measures['x']:.2f})" if result.case.goal.unit == "x" else ""
+    unit = result.case.goal.unit
+    value = f" ({result.measures[unit]:.2f})" if unit.startswith("x") else ""
     return f"{result.case.goal}: {'reached' if result.reached else 'missed'}{value}"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.case import Case, Goal
-from benchmarks.measure import measure, missing_kernels, try_out
+from benchmarks.measure import measure, missing_floats, missing_kernels, try_out
 from benchmarks.peers import Peer, all_peers
 from benchmarks.report import estimates, write_results
 from benchmarks.results import CaseResult
@@ -65,6 +65,9 @@ def dry_run(cases: Sequence[Case]) -> int:
         if missing := missing_kernels(case):
             say(f"not run: {case.name}: no kernel {', '.join(missing)}")
             continue
+        if floats := missing_floats(case, device):
+            say(f"not run: {case.name}: the GPU has no {floats}")
+            continue
         try:
             say(f"tried: {case.name}: relative error {try_out(case, device):.1e}")
         except Exception as error:
@@ -103,6 +106,8 @@ class Run:
         """deadline: on time.monotonic's clock."""
         if missing := missing_kernels(case):
             self.not_run[case.name] = f"no kernel {', '.join(missing)}"
+        elif floats := missing_floats(case, self.device):
+            self.not_run[case.name] = f"the GPU has no {floats}"
         elif self.broken_by:
             self.not_run[case.name] = f"the device was lost in {self.broken_by}"
         elif time.monotonic() > deadline:

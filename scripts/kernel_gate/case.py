@@ -22,6 +22,7 @@ class Case:
     narrow_loads: at most so many loads from global memory take under 16 bytes a thread. None: any number.
     matrix_units: there are matrix instructions of whole warp groups (HGMMA on 90, UTC*MMA on 100).
     tensor_loads: on 90 and up there are bulk tensor copies (UTMALDG).
+    barrier: the threads of a program wait for one another (BAR).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     narrow_loads: int | None = None
     matrix_units: bool = False
     tensor_loads: bool = False
+    barrier: bool = False
 
 
 def case_modules() -> list[str]:

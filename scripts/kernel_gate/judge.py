@@ -58,6 +58,8 @@ def _breaks_promises(compiled: Compiled, case: Case) -> Iterator[str]:
         yield "no matrix instructions of a warp group (HGMMA): 0, at least 1"
     if case.tensor_loads and architecture >= HOPPER and not code.tensor_loads:
         yield "no bulk tensor copies (UTMALDG): 0, at least 1"
+    if case.barrier and not code.barriers:
+        yield "no barrier (BAR): 0, at least 1"
 
 
 def _grew(compiled: Compiled, before: Size | None) -> Iterator[str]:

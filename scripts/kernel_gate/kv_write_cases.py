@@ -21,8 +21,8 @@ def _launch(kv_heads: int, dim: int, dtype: torch.dtype, stored: torch.dtype) ->
 
 
 def cases() -> list[Case]:
-    """narrow_loads: where a token goes, its block and its offset. Pools of 8 bits: where Triton 3.6 writes
-    them."""
+    """narrow_loads: where a token goes, its block and its offset. Pools of 8 bits: of the
+    architectures compiled for, those that have such floats."""
     kinds = (
         (torch.bfloat16, torch.bfloat16, "bf16"),
         (torch.float32, torch.float32, "fp32"),

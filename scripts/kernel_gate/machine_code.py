@@ -40,6 +40,7 @@ class MachineCode:
     tensor_loads: int
     wide_loads: int
     narrow_loads: int
+    barriers: int
 
 
 def read_machine_code(cubin: bytes, architecture: int, tools: Path) -> MachineCode:
@@ -107,4 +108,5 @@ def _counted(resources: Mapping[str, int], opcodes: Mapping[str, int]) -> Machin
         tensor_loads=by_kind.get("UTMALDG", 0),
         wide_loads=wide,
         narrow_loads=narrow,
+        barriers=by_kind.get("BAR", 0),
     )

@@ -1,4 +1,5 @@
-"""What the engine launches of `merge_states`: the head sizes of common models."""
+"""What the engine launches of `merge_states`: the head sizes of common models. The result lies over the
+second part, which must be read before."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 LSE_LOADS = 6
 """Loads of under 16 bytes: of either part the logarithm of the two rows whose values a thread holds, and of
 the one row whose result it stores."""
-
 
 PLACE_LOADS = LSE_LOADS + 3
 """And the place of each of these rows."""
@@ -31,6 +31,7 @@ def cases() -> list[Case]:
             f"merge_states {head_dim} {short}",
             lambda h=head_dim, d=dtype: _launch(h, d),
             narrow_loads=LSE_LOADS,
+            barrier=True,
         )
         for head_dim in HEAD_DIMS
         for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
@@ -40,6 +41,7 @@ def cases() -> list[Case]:
             f"merge_states {head_dim} bf16 of some rows",
             lambda h=head_dim: _launch(h, torch.bfloat16, placed=True),
             narrow_loads=PLACE_LOADS,
+            barrier=True,
         )
         for head_dim in HEAD_DIMS
     ]

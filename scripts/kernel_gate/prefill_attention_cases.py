@@ -138,7 +138,16 @@ def _attention_cases(geometry: Geometry, **options) -> list[Case]:
     return found
 
 
-MODELS = ((32, 8, 128), (32, 8, 64), (16, 8, 256), (28, 4, 128), (9, 3, 64), (32, 32, 96), (32, 32, 80))
+MODELS = (
+    (32, 8, 128),
+    (32, 8, 64),
+    (16, 8, 256),
+    (28, 4, 128),
+    (9, 3, 64),
+    (32, 32, 96),
+    (32, 32, 80),
+    (4, 2, 8),
+)
 """Heads of queries, of keys, and their size."""
 
 SHORT = ((4, 16), (8, 8), (8, 4))

@@ -60,7 +60,7 @@ def _launch(heads: Heads, dtype: torch.dtype, stored: torch.dtype) -> Launch:
 
 def cases() -> list[Case]:
     """narrow_loads: where a token goes, its block and its offset, for keys and again for values. Pools of
-    8 bits: where Triton 3.6 writes them."""
+    8 bits: of the architectures compiled for, those that have such floats."""
     kinds = (
         (torch.bfloat16, torch.bfloat16, "bf16"),
         (torch.float16, torch.float16, "fp16"),

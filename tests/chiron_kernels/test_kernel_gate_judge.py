@@ -29,6 +29,7 @@ GOOD = MachineCode(
     tensor_loads=4,
     wide_loads=32,
     narrow_loads=2,
+    barriers=1,
 )
 SIZE = Size(instructions=1000, registers=100)
 
@@ -37,7 +38,7 @@ def launch_nothing():
     raise AssertionError("judging launches nothing")
 
 
-CASE = Case("attention", launch_nothing, narrow_loads=2, matrix_units=True, tensor_loads=True)
+CASE = Case("attention", launch_nothing, narrow_loads=2, matrix_units=True, tensor_loads=True, barrier=True)
 
 
 def faults(
@@ -76,6 +77,7 @@ def test_a_good_kernel_has_no_faults(architecture: int) -> None:
             "no matrix instructions of the tensor cores (UTC*MMA): 0, at least 1",
         ),
         ({"tensor_loads": 0}, "no bulk tensor copies (UTMALDG): 0, at least 1"),
+        ({"barriers": 0}, "no barrier (BAR): 0, at least 1"),
         ({"instructions": 1101}, "1101 instructions, 10% over the baseline of 1000, limit 10%"),
         ({"registers": 120}, "120 registers, 20% over the baseline of 100, limit 10%"),
         ({"before": None}, "no baseline: take it in with --update"),

@@ -15,7 +15,14 @@ import torch
 from benchmarks.attention import AttentionCase
 from benchmarks.attention_inputs import AttentionInputs, Request, exact_attention, make_inputs
 from benchmarks.case import Goal, Prepared, Work, relative_error
-from benchmarks.measure import WrongResult, alternatives, checked, measure_peer, missing_kernels
+from benchmarks.measure import (
+    WrongResult,
+    alternatives,
+    checked,
+    measure_peer,
+    missing_floats,
+    missing_kernels,
+)
 from benchmarks.norm import NormCase
 from benchmarks.peers import all_peers, is_installed, torch_sdpa
 from benchmarks.plot import plot_roofline
@@ -141,6 +148,16 @@ def test_a_kernel_that_is_not_there_is_named() -> None:
     assert not run.failed
 
 
+def test_a_gpu_without_8_bits_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    a100 = torch.device("cuda", 0)
+    assert not missing_floats(case_named("D6"), a100)
+    run = Run(a100, H100, [])
+    run.add(case_named("8 bits: D6"), time.monotonic() + 60)
+    (reason,) = run.not_run.values()
+    assert reason == "the GPU has no float8_e4m3fn" and not run.failed
+
+
 def test_out_of_time_is_said() -> None:
     run = Run(CPU, H100, [])
     run.add(NORM, time.monotonic() - 1)
@@ -177,7 +194,7 @@ def test_a_goal_against_another_case_is_of_the_same_run() -> None:
     assert result.reached is None and "not timed in this run" in markdown(FACTS, H100, [result], {})
     assert replace(result, other=1.7e-4).reached and not replace(result, other=1.5e-4).reached
     page = markdown(FACTS, H100, [replace(result, other=1.7e-4)], {})
-    assert "1.6 x D6: reached (1.70)" in page
+    assert "1.6 times as quick as D6: reached (1.70)" in page
     run = Run(CPU, H100, [], results=[replace(result, case=case_named("D6"))])
     assert run._seconds_of(Goal(1.6, "x", run.results[0].case.name)) == 1e-4
     assert run._seconds_of(Goal(1.6, "x", "D7")) is None

@@ -40,15 +40,17 @@ from chiron_kernels.shared_prefixes import SharedPrefixes
 class CascadeStep:
     """The work of one decode step, for all layers with this geometry.
 
-    blocks: of the rows over the prefixes. tables: of overlapping rows, table_rows: int64 [B], and lens: int64
-    [B], what is left of each request, as `decode_attention` takes them. splits: for these.
+    tables: int64 [S, W], with the prefixes. blocks: of the rows over these. rest_tables: of overlapping rows,
+    rest_rows: int64 [B], and rest_lens: int64 [B], what is left of each request, as `decode_attention` takes
+    them. splits: for these.
     """
 
     shared: SharedPrefixes
-    blocks: QueryBlocks
     tables: torch.Tensor
-    table_rows: torch.Tensor
-    lens: torch.Tensor
+    blocks: QueryBlocks
+    rest_tables: torch.Tensor
+    rest_rows: torch.Tensor
+    rest_lens: torch.Tensor
     splits: DecodeSplits
 
 
@@ -64,9 +66,10 @@ def cascade_step(
     """What `cascade_attention` needs in this step, for all layers with these heads.
 
     shared: its values must be as said there for these lens and tables, which only the device could check.
-    lens: int64 [B], keys of each request, its new token included. kv: a layer of the pool; its shape, dtype
-    and device count. tables: int64 [S, W] and table_rows: int64 [B], the block table of each request. heads:
-    of queries. programs: as `decode_splits` has it. Raises ValueError for what does not fit.
+    lens: int64 [B], keys of each request, its new token included; one beyond what a block table holds counts
+    as that. kv: a layer of the pool; its shape, dtype and device count. tables: int64 [S, W] and table_rows:
+    int64 [B], the block table of each request. heads: of queries. programs: as `decode_splits` has it. Raises
+    ValueError for what does not fit.
     """
     check_kv(kv, STORED)
     check_tables(tables)
@@ -75,15 +78,19 @@ def cascade_step(
     for name, tensor in (("lens", lens), ("table_rows", table_rows)):
         check_dtype(name, tensor, (torch.int64,))
     check_device(kv, lens=lens, tables=tables, table_rows=table_rows)
-    _check_shared(shared, len(lens), kv)
+    if tables.shape[0] < 1:
+        raise ValueError(f"tables is {list(tables.shape)}; it must have a row at least")
+    _check_shared(shared, len(lens), kv, tables.shape[1])
     _, block_size, _, kv_heads, head_dim = kv.shape
     if heads < 1 or heads % kv_heads:
         raise ValueError(f"heads is {heads}; it must be a multiple of the {kv_heads} of kv")
     (slots, width), stride = tables.shape, tables.stride(0)
     rest_tables = tables.as_strided(((slots - 1) * stride + 1, width), (1, 1))
-    rest_lens = lens - shared.skipped
+    # What is left begins inside a row, so that its end is not the table's as `decode_attention` sees it.
+    rest_lens = lens.clamp(max=width * block_size) - shared.skipped
     return CascadeStep(
         shared,
+        tables,
         query_blocks(shared.starts, shared.lens, len(shared.members), heads // kv_heads, head_dim),
         rest_tables,
         table_rows * stride + shared.skipped // block_size,
@@ -92,7 +99,7 @@ def cascade_step(
     )
 
 
-def _check_shared(shared: SharedPrefixes, requests: int, kv: torch.Tensor) -> None:
+def _check_shared(shared: SharedPrefixes, requests: int, kv: torch.Tensor, width: int) -> None:
     check_shape("shared.table_rows", shared.table_rows, (None,))
     check_shape("shared.members", shared.members, (requests if shared.everyone else None,))
     groups = len(shared.table_rows)
@@ -113,16 +120,16 @@ def _check_shared(shared: SharedPrefixes, requests: int, kv: torch.Tensor) -> No
     if len(shared.members) > requests:
         raise ValueError(f"shared has {len(shared.members)} members; there are {requests} requests")
     block_size = kv.shape[1]
-    if shared.longest < block_size or shared.longest % block_size:
+    if not block_size <= shared.longest <= width * block_size or shared.longest % block_size:
         raise ValueError(
-            f"shared has a longest prefix of {shared.longest} keys; it must be blocks of {block_size}"
+            f"shared has a longest prefix of {shared.longest} keys; it must be 1 to {width} blocks of "
+            f"{block_size}"
         )
 
 
 def cascade_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
-    tables: torch.Tensor,
     step: CascadeStep,
     scale: float,
     softcap: float | None = None,
@@ -135,25 +142,24 @@ def cascade_attention(
     """What `decode_attention` computes of one new token of each request, but for rounding: [B, Hq, D].
 
     q: [B, Hq, D], heads dense, rows any stride apart. kv: [num_blocks, block_size, 2, Hkv, D], a layer of the
-    pool, in which the new tokens are already. tables: int64 [S, W], those of `step`, which is of
-    `cascade_step` for this step and geometry. scale, softcap, sinks, lse, k_scale, v_scale, out and the
-    dtypes: as `decode_attention` has them. There is no window: with one, a prefix that requests share is soon
-    out of it. Raises ValueError for what does not fit.
+    pool, in which the new tokens are already. step: of `cascade_step` for this step and geometry. scale,
+    softcap, sinks, lse, k_scale, v_scale, out and the dtypes: as `decode_attention` has them. There is no
+    window: with one, a prefix that requests share is soon out of it. Raises ValueError for what does not fit.
     """
-    check_shape("q", q, (len(step.lens), None, None))
+    check_shape("q", q, (len(step.rest_lens), None, None))
     if lse is None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    out = decode_attention(
-        q, kv, step.tables, step.table_rows, step.lens, step.splits, scale,
-        softcap=softcap, sinks=sinks, lse=lse, k_scale=k_scale, v_scale=v_scale, out=out,
-    )  # fmt: skip
     shared = step.shared
     of_prefix = q if shared.everyone else q.index_select(0, shared.members)
     prefix_lse = torch.empty(of_prefix.shape[:2], dtype=torch.float32, device=q.device)
     prefix = prefill_attention(
-        of_prefix, kv, tables, shared.table_rows, shared.starts, shared.lens, step.blocks, scale,
+        of_prefix, kv, step.tables, shared.table_rows, shared.starts, shared.lens, step.blocks, scale,
         softcap=softcap, lse=prefix_lse, max_len=shared.longest,
         k_scale=k_scale, v_scale=v_scale, causal=False,
+    )  # fmt: skip
+    out = decode_attention(
+        q, kv, step.rest_tables, step.rest_rows, step.rest_lens, step.splits, scale,
+        softcap=softcap, sinks=sinks, lse=lse, k_scale=k_scale, v_scale=v_scale, out=out,
     )  # fmt: skip
     places = None if shared.everyone else shared.members
     merge_states_launch(prefix, prefix_lse, out, lse, out, lse, places).run()

@@ -55,14 +55,11 @@ from chiron_kernels.gpu.decode_plan import DecodeSplits
 from chiron_kernels.gpu.eight_bits import check_scales, check_target
 from chiron_kernels.gpu.launch import Launch, power_of_two_from
 from chiron_kernels.gpu.merge_splits import merge_splits_launch
-from chiron_kernels.gpu.paged_kv import EIGHT_BITS
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS, FEWEST_COLUMNS
 from chiron_kernels.gpu.pool_tiles import inside_tile, load_tile, look_up, tile_descriptor, tile_loads
 
 FEWEST_ROWS = 16
 """Of queries: a matrix instruction has 16 rows, used or not."""
-
-FEWEST_COLUMNS = 16
-"""Of a head: a matrix instruction adds up 16 products at once. Smaller heads are filled up with zeros."""
 
 MOST_ROWS = 64
 """Of a program: with heads of 256 the sums of twice as many are half the registers of a multiprocessor. More
@@ -215,10 +212,11 @@ def _decode_attention(
         values = tl.dot(probability.to(v.dtype), v, values, input_precision="ieee")
         highest = higher
 
-    # A row may see no key of the split: its result is 0 then, and so is its weight in what is joined.
-    some = tl.where(total > 0.0, total, 1.0)
+    # A row may see no key of the split: its result is 0 then, and so is its weight in what is joined. A sum
+    # that is no number is not 0: it shows.
+    some = tl.where(total != 0.0, total, 1.0)
     result = values * (v_scale / some)[:, None]
-    log_sum = tl.where(total > 0.0, highest + tl.log2(some), float("-inf"))
+    log_sum = tl.where(total != 0.0, highest + tl.log2(some), float("-inf"))
     if splits == 1:
         target = query_row * (KV_HEADS * GROUP) + query_head
         tl.store(out + target[:, None] * D + column[None, :], result.to(out.dtype.element_ty), valid)

@@ -37,6 +37,9 @@ SMALLEST_BLOCK = 32
 """Tokens of a block from which on a tile is no longer than a block, and so needs one look into the table.
 Tiles of 16 keys would spend more on each step than the look-ups cost."""
 
+MOST_SPLITS = 65535
+"""Of all requests: each is at a place of its own on the second axis of a grid."""
+
 PROGRAMS_AT_ONCE = 3
 """Programs that fit a multiprocessor from Hopper on, of up to 168 registers a thread; more would wait for
 these to end. An A100 holds two, and so do all of the configurations with more registers: for them there are
@@ -104,6 +107,11 @@ def empty_splits(
     programs = programs or programs_per_head(batch, kv_heads, kv.device)
     tiles = most_tiles(table_width, block_size, tile, query_len, window)
     capacity = most_splits(batch, tiles, programs)
+    if capacity > MOST_SPLITS:
+        raise ValueError(
+            f"programs is {programs}, for which {batch} requests may have {capacity} splits; there may be up "
+            f"to {MOST_SPLITS}"
+        )
     return DecodeSplits(
         work=torch.empty(5, capacity, dtype=torch.int32, device=kv.device),
         requests=torch.empty(2, batch, dtype=torch.int32, device=kv.device),

@@ -58,7 +58,8 @@ def _merge_states(
     first_weight = tl.exp2((first_log - higher) * LOG2_E)
     second_weight = tl.exp2((second_log - higher) * LOG2_E)
     total = first_weight + second_weight
-    some = tl.where(total > 0.0, total, 1.0)  # neither part may have keys
+    # Neither part may have keys. A sum that is no number is not 0: it shows.
+    some = tl.where(total != 0.0, total, 1.0)
 
     column = tl.arange(0, COLUMNS)
     source_index = row[:, None] * D + column[None, :]
@@ -67,8 +68,10 @@ def _merge_states(
     first_values = tl.load(first + source_index, valid, 0.0).to(tl.float32)
     second_values = tl.load(second + index, valid, 0.0).to(tl.float32)
     values = first_values * (first_weight / some)[:, None] + second_values * (second_weight / some)[:, None]
+    # The result may lie over the second part, whose sums are read by more threads than write them.
+    tl.debug_barrier()
     tl.store(out + index, values.to(out.dtype.element_ty), valid)
-    tl.store(lse + target, tl.where(total > 0.0, higher + tl.log(some), float("-inf")), inside)
+    tl.store(lse + target, tl.where(total != 0.0, higher + tl.log(some), float("-inf")), inside)
 
 
 def merge_states_launch(

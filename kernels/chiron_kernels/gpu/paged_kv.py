@@ -19,6 +19,10 @@ from chiron_kernels.gpu.checks import FLOATS, check_dtype, check_last_dense, che
 
 LARGEST_HEAD = 256
 """Of these kernels: the sums of larger ones, which are rare, would need other tiles."""
+FEWEST_COLUMNS = 16
+"""Of a head in a kernel: a matrix instruction adds up 16 products at once. Smaller heads are filled up with
+zeros."""
+
 EIGHT_BITS = torch.float8_e4m3fn
 LEAST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
 """Of keys or values of 8 bits: the reciprocal, too, is a normal float32."""

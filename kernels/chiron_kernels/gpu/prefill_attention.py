@@ -35,7 +35,7 @@ from chiron_kernels.gpu.eight_bits import check_scales, check_target
 from chiron_kernels.gpu.launch import Launch, power_of_two_from, target_architecture
 from chiron_kernels.gpu.merge_parts import MOST_SPLITS, merge_parts_launch
 from chiron_kernels.gpu.multiprocessors import multiprocessors
-from chiron_kernels.gpu.paged_kv import EIGHT_BITS
+from chiron_kernels.gpu.paged_kv import EIGHT_BITS, FEWEST_COLUMNS
 from chiron_kernels.gpu.prefill_plan import (
     PrefillShape,
     check_arguments,
@@ -212,7 +212,7 @@ def _launch(
     check_scales(k_scale, v_scale)
     architecture = target_architecture()
     tile = tiling(shape, blocks.rows, kv, architecture, causal)
-    dim = power_of_two_from(shape.head_dim)
+    dim = max(power_of_two_from(shape.head_dim), FEWEST_COLUMNS)
     score_scale = scale * k_scale
     pages = None
     if tile.by_tensor:

@@ -11,7 +11,6 @@ from chiron_kernels.reference.decode_attention import decode_attention
 def cascade_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
-    tables: torch.Tensor,
     step: CascadeStep,
     scale: float,
     softcap: float | None = None,
@@ -26,8 +25,8 @@ def cascade_attention(
     As `chiron_kernels.gpu.cascade_attention.cascade_attention` has it: here the blocks of each request's
     prefix and of what is left of it are put into one table.
     """
-    whole = _whole_tables(kv.shape[1], tables, step)
-    lens = step.lens + step.shared.skipped
+    whole = _whole_tables(kv.shape[1], step)
+    lens = step.rest_lens + step.shared.skipped
     rows = torch.arange(len(lens), device=q.device)
     return decode_attention(
         q, kv, whole, rows, lens, None, scale,
@@ -35,18 +34,18 @@ def cascade_attention(
     )  # fmt: skip
 
 
-def _whole_tables(block_size: int, tables: torch.Tensor, step: CascadeStep) -> torch.Tensor:
+def _whole_tables(block_size: int, step: CascadeStep) -> torch.Tensor:
     """int64 [B, W], of each request alone."""
-    shared = step.shared
-    whole = torch.zeros(len(step.lens), tables.shape[1], dtype=torch.int64, device=tables.device)
+    shared, tables = step.shared, step.tables
+    whole = torch.zeros(len(step.rest_lens), tables.shape[1], dtype=torch.int64, device=tables.device)
     skipped = (shared.skipped // block_size).tolist()
     starts, members = shared.starts.tolist(), shared.members.tolist()
     for group, row in enumerate(shared.table_rows.tolist()):
         for request in members[starts[group] : starts[group + 1]]:
             whole[request, : skipped[request]] = tables[row, : skipped[request]]
-    lens = step.lens.tolist()
-    for request, (row, skip) in enumerate(zip(step.table_rows.tolist(), skipped, strict=True)):
+    lens = step.rest_lens.tolist()
+    for request, (row, skip) in enumerate(zip(step.rest_rows.tolist(), skipped, strict=True)):
         count = -(-lens[request] // block_size)
-        rest = step.tables.as_strided((count,), (1,), step.tables.storage_offset() + row)
+        rest = step.rest_tables.as_strided((count,), (1,), step.rest_tables.storage_offset() + row)
         whole[request, skip : skip + count] = rest
     return whole

@@ -50,7 +50,7 @@ def step_of(batch: Batch, shared: SharedPrefixes, programs: int | None = None) -
 def attend(batch: Batch, step: CascadeStep, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and lse of the kernels."""
     lse = torch.full(batch.q.shape[:2], torch.nan, device=batch.q.device)
-    out = cascade_attention(batch.q, batch.kv, batch.tables, step, batch.scale, lse=lse, **options)
+    out = cascade_attention(batch.q, batch.kv, step, batch.scale, lse=lse, **options)
     return out, lse
 
 

@@ -12,6 +12,7 @@ from chiron_kernels.reference.cascade_attention import cascade_attention as refe
 
 from tests.chiron_kernels.gpu.cascade_batch import attend, check_cascade, make_shared, step_of
 from tests.chiron_kernels.gpu.decode_batch import RELATIVE, assert_close, make_batch
+from tests.chiron_kernels.gpu.eight_bit_gpus import needs_8_bits
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
@@ -49,6 +50,7 @@ def test_softcap_and_sinks_count_once(dtype: torch.dtype, device: torch.device) 
     check_cascade(lens, groups, device, dtype=dtype, sinks=sinks)
 
 
+@needs_8_bits
 @pytest.mark.parametrize(
     ("q_dtype", "head_dim"), [(torch.float16, 64), (torch.bfloat16, 64), (torch.float16, 256)]
 )
@@ -101,16 +103,34 @@ def test_the_reference_of_the_same_arguments(device: torch.device) -> None:
     step = step_of(batch, make_shared(batch, [((3, 0), 2), ((1, 2), 1)]))
     lse = torch.empty(batch.q.shape[:2], device=device)
     q = batch.q.double()
-    out = reference_cascade_attention(q, batch.kv, batch.tables, step, batch.scale, 2.0, lse=lse)
+    out = reference_cascade_attention(q, batch.kv, step, batch.scale, 2.0, lse=lse)
     exact = batch.exact(softcap=2.0)
     assert torch.equal(out, exact[0]) and torch.equal(lse, exact[1])
+
+
+def test_lengths_beyond_the_table_count_as_what_it_holds(device: torch.device) -> None:
+    batch = make_batch([64, 64], device, block_size=16)
+    batch.tables = batch.tables[:, :4].contiguous()
+    shared = make_shared(batch, [((0, 1), 2)])
+    exact = batch.exact()
+    batch.lens += torch.tensor([1, 2**40], device=device)
+    assert_close(attend(batch, step_of(batch, shared)), exact, batch.q.dtype)
+
+
+def test_nothing_is_written_where_arguments_are_wrong(device: torch.device) -> None:
+    batch = make_batch([40, 70], device, block_size=16)
+    step = step_of(batch, make_shared(batch, [((0, 1), 2)]))
+    out = torch.zeros_like(batch.q, memory_format=torch.contiguous_format)
+    with pytest.raises(ValueError, match=r"scale is 0\.0; it must be above 0"):
+        cascade_attention(batch.q, batch.kv, step, 0.0, out=out)
+    assert not out.any()
 
 
 def test_writes_where_it_is_told_to(device: torch.device) -> None:
     batch = make_batch([40, 70], device, block_size=16)
     step = step_of(batch, make_shared(batch, [((0, 1), 2)]))
     there = torch.full((5, *batch.q.shape[1:]), torch.nan, dtype=batch.q.dtype, device=device)
-    inputs = (batch.q, batch.kv, batch.tables, step, batch.scale)
+    inputs = (batch.q, batch.kv, step, batch.scale)
     out = cascade_attention(*inputs, out=there[3:])
     assert out.data_ptr() == there[3:].data_ptr() and there[:3].isnan().all()
     assert torch.equal(out, cascade_attention(*inputs))
@@ -120,7 +140,7 @@ def test_queries_of_another_step_are_named(device: torch.device) -> None:
     batch = make_batch([40, 70], device, block_size=16)
     step = step_of(batch, make_shared(batch, [((0, 1), 2)]))
     with pytest.raises(ValueError, match=r"q is \[1, 8, 64\]; it must be \[2, any, any\]"):
-        cascade_attention(batch.q[:1], batch.kv, batch.tables, step, batch.scale)
+        cascade_attention(batch.q[:1], batch.kv, step, batch.scale)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +152,9 @@ def test_queries_of_another_step_are_named(device: torch.device) -> None:
         ({"skipped": torch.tensor([32])}, r"shared.skipped is \[1\]; it must be \[3\]"),
         ({"everyone": True}, r"shared.members is \[2\]; it must be \[3\]"),
         ({"members": torch.arange(4)}, "shared has 4 members; there are 3 requests"),
-        ({"longest": 40}, "shared has a longest prefix of 40 keys; it must be blocks of 16"),
+        ({"longest": 40}, "shared has a longest prefix of 40 keys; it must be 1 to 6 blocks of 16"),
         ({"longest": 0}, "shared has a longest prefix of 0 keys"),
+        ({"longest": 160}, "shared has a longest prefix of 160 keys"),
         (
             {"table_rows": torch.arange(0), "starts": torch.arange(1), "lens": torch.arange(0)},
             "shared has no groups",
@@ -152,6 +173,10 @@ def test_bad_groups_are_named(change: dict, says: str, device: torch.device) -> 
     ("change", "says"),
     [
         ({"heads": 3}, "heads is 3; it must be a multiple of the 2 of kv"),
+        (
+            {"tables": torch.zeros(0, 4, dtype=torch.int64)},
+            r"tables is \[0, 4\]; it must have a row at least",
+        ),
         ({"lens": torch.zeros(3, dtype=torch.int32)}, "lens is int32; it must be int64"),
         ({"table_rows": torch.zeros(2, dtype=torch.int64)}, r"table_rows is \[2\]; it must be \[3\]"),
     ],

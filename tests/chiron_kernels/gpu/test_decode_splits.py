@@ -166,6 +166,11 @@ def test_tile(block_size: int, head_dim: int, dtype: torch.dtype, tile: int) -> 
     assert tile_keys(block_size, head_dim, dtype) == tile
 
 
+def test_more_splits_than_a_grid_has_room_for() -> None:
+    with pytest.raises(ValueError, match="programs is 1000000, for which 64 requests may have 262144 splits"):
+        decode_splits(torch.zeros(64, dtype=torch.int64), pool(), tables(8192), programs=10**6)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -13,6 +13,9 @@ from chiron_kernels.gpu.rope_kv import rope_kv_write
 from chiron_kernels.reference.kv_write import kv_write as reference_kv_write
 from chiron_kernels.reference.rope_kv import rope_kv_write as reference_rope_kv_write
 
+from tests.chiron_kernels.gpu.eight_bit_gpus import needs_8_bits
+
+pytestmark = needs_8_bits
 LARGEST = 448.0
 WRITES = pytest.mark.parametrize("write", [kv_write, reference_kv_write])
 ROPES = pytest.mark.parametrize("write", [rope_kv_write, reference_rope_kv_write])

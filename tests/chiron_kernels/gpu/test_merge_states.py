@@ -83,6 +83,14 @@ def test_bad_places_are_named(places: torch.Tensor, says: str, device: torch.dev
         merge_states(**parts(2, 3, 16, torch.float16, device), places=places)
 
 
+def test_sums_that_are_no_numbers_show(device: torch.device) -> None:
+    given = parts(2, 3, 16, torch.float16, device)
+    given["second_lse"][1, 2] = torch.nan
+    out, lse = merge_states(**given)
+    assert lse.isnan().nonzero().tolist() == [[1, 2]] and out[1, 2].isnan().all()
+    assert out.isnan().sum() == 16
+
+
 def test_prefix_and_rest_are_the_whole(device: torch.device) -> None:
     """Attention over a request's first block, and over the others, as decode attention has them."""
     whole = make_batch([64 + 70], device)

@@ -10,6 +10,7 @@ from chiron_kernels.gpu.launch import Launch
 from chiron_kernels.gpu.paged_kv import EIGHT_BITS
 from chiron_kernels.gpu.prefill_attention import prefill_attention, prefill_attention_launch
 
+from tests.chiron_kernels.gpu.eight_bit_gpus import needs_8_bits
 from tests.chiron_kernels.gpu.prefill_steps import TOLERANCE, check, far_pool, step
 
 EDGES = [(1, 0), (16, 1), (17, 15), (0, 30), (15, 16), (33, 17), (1, 63), (2, 64), (3, 62)]
@@ -157,6 +158,7 @@ def test_large_scores(device: torch.device) -> None:
     check(type(given)(**{**given.__dict__, "scale": 20.0}))
 
 
+@needs_8_bits
 @pytest.mark.parametrize("block_size", [4, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_keys_and_values_of_8_bits(dtype: torch.dtype, block_size: int, device: torch.device) -> None:
@@ -164,12 +166,14 @@ def test_keys_and_values_of_8_bits(dtype: torch.dtype, block_size: int, device: 
     check(given, rows=32, k_scale=0.4, v_scale=3.0)
 
 
+@needs_8_bits
 @pytest.mark.parametrize("head_dim", [34, 64, 80, 128, 256])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_head_sizes_of_8_bits(head_dim: int, block_size: int, device: torch.device) -> None:
     check(step([(9, 150)], device, head_dim=head_dim, block_size=block_size, kv_dtype=EIGHT_BITS))
 
 
+@needs_8_bits
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_options_with_8_bits(splits: int, block_size: int, device: torch.device) -> None:
