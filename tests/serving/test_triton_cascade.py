@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from chiron_engine import LLM, SamplingParams
+from chiron_engine.config import EngineConfig
 from chiron_engine.model.attention import AttentionBatch
 from chiron_engine.model.kv_pool import KvPool
 from chiron_engine.model.triton_attention import TritonAttention
+from chiron_engine.runtime.build import build_executor
 from tests.cli.tiny_llama import write_tiny_llama
 from tests.triton_interpreter import install
 
@@ -100,14 +102,24 @@ def test_tokens_are_those_of_torch(model: str, steps: list[AttentionBatch]) -> N
     assert partly and any(batch.cascade.everyone for batch in steps if batch.cascade)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"disable_cascade_attn": True}, {"cascade_min_tokens": 2 * BLOCK, "enable_prefix_caching": False}],
-)
-def test_without_where_it_does_not_pay_or_is_off(
-    options: dict[str, Any], model: str, steps: list[AttentionBatch]
-) -> None:
-    with LLM(model, kernels="triton", **{**SMALL, **options}) as llm:
+def test_without_where_it_does_not_pay(model: str, steps: list[AttentionBatch]) -> None:
+    with LLM(model, kernels="triton", **SMALL) as llm:
         llm.generate([SYSTEM], greedy(1))
         llm.generate([SYSTEM + "a", SYSTEM + "b"], greedy(2))
     assert steps and all(batch.cascade is None for batch in steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "looks"),
+    [
+        ({}, True),
+        ({"disable_cascade_attn": True}, False),
+        ({"enable_prefix_caching": False}, False),
+        ({"kernels": "torch"}, False),
+    ],
+)
+def test_who_looks_for_prefixes(options: dict[str, Any], looks: bool, model: str) -> None:
+    config = EngineConfig(model, **{"kernels": "triton", **SMALL, **options})
+    executor, _ = build_executor(config)
+    assert (executor.prefixes is not None) == looks
+    executor.close()
