@@ -27,7 +27,7 @@ LONG = TINY | {"max_position_embeddings": 2048, "head_dim": 16, "num_hidden_laye
 def test_serving_meets_nothing_new(
     save_tiny: Callable[[Any], tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of layers with a window, too short to be split, and of layers without."""
+    """Of layers with a window, too short to be split, and of layers without, with shared prefixes too."""
     from transformers import Gemma2Config
 
     monkeypatch.setenv("CHIRON_CACHE", str(tmp_path / "cache"))
@@ -52,4 +52,4 @@ def test_serving_meets_nothing_new(
     ServingMix(EngineCore(executor), seed=1).run(8)
     executor.close()
     assert record.beyond(before) == {}
-    assert len(before["_decode_attention"]) == 2 and len(before["_prefill_attention"]) == 12
+    assert (len(before["_decode_attention"]), len(before["_prefill_attention"])) == (3, 18)
