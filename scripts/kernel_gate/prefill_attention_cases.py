@@ -128,7 +128,10 @@ def _attention_cases(geometry: Geometry, **options) -> list[Case]:
         return _attention(geometry, **options)
 
     mean = geometry.chunk * geometry.group
-    tensor_loads = geometry.block_size >= 64
+    # Heads must begin at multiples of 16 bytes.
+    tensor_loads = (
+        geometry.block_size >= 64 and geometry.head_dim * (1 if geometry.eight_bits else 2) % 16 == 0
+    )
     newer = tuple(a for a in ARCHITECTURES if a >= HOPPER)
     older = tuple(a for a in ARCHITECTURES if a < HOPPER)
     units = mean > WARP_GROUP_ROWS // 2
