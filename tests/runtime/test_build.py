@@ -275,6 +275,7 @@ def test_a_cuda_pool_leaves_room_for_steps_and_what_else_is_there(
         "mem_get_info": lambda device: (9 * gib, 10 * gib),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(build, "run_largest_step", lambda executor: None)  # interpreted, it takes long
     config, eager = replace(config, kv_cache_memory=None, gpu_memory_utilization=0.5), GraphCapture(None)
     masks = 512 * 512 * 6
     history = 8 * 512 * 4
@@ -313,6 +314,7 @@ def test_a_cuda_pool_leaves_room_for_what_graphs_keep(
         "mem_get_info": lambda device: (9 * gib - (96 << 20) * len(captured), 10 * gib),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(build, "run_largest_step", lambda executor: None)  # interpreted, it takes long
     config = replace(config, kv_cache_memory=None, gpu_memory_utilization=0.5)
     without = build._cuda_pool_bytes(config, 16, model, cpu, GraphCapture(None))
     monkeypatch.setattr(TorchExecutor, "close", lambda executor: captured.clear())
