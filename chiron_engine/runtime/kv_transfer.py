@@ -10,7 +10,6 @@ giving each to the copy engine takes the processor longer than the copy lasts.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -133,15 +132,6 @@ class KvTransfer:
 
     def measure(self, blocks: int = 16) -> TransferTimes:
         """Time copies of single scattered blocks. Overwrites blocks of both pools: only before use."""
-        with self._own_device():
-            return self._measure(blocks)
-
-    def _own_device(self) -> contextlib.AbstractContextManager[object]:
-        """Events are recorded on the current device."""
-        on_cuda = self._device.device.type == "cuda"
-        return torch.cuda.device(self._device.device) if on_cuda else contextlib.nullcontext()
-
-    def _measure(self, blocks: int) -> TransferTimes:
         count = min(blocks, self._device.shape[0], self._host.shape[0])
         scattered = [BlockCopy(i, count - 1 - i) for i in range(count)]
         self.copy_out(scattered)
